@@ -270,7 +270,7 @@ class TextLogprob:
     """A token of the answer as text, with its log-probability and the best alternatives as (text, bytes, logprob)."""
 
     token: str
-    bytes: bytes
+    utf8: bytes
     logprob: float
     top: tuple[tuple[str, bytes, float], ...]
 
@@ -306,6 +306,9 @@ class ChatRequest:
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_ids: tuple[int, ...] = ()

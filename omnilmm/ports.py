@@ -5,9 +5,9 @@ Each has a local object, a cluster handle and a small honest fake behind it.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from omnilmm.config import ImagePolicy
 from omnilmm.messages import Embedding, Encoded, GenerateCall, PixelIdentity, PreparedImage, TokenBatch
@@ -34,8 +34,8 @@ class ImagePreparer(Protocol):
 class Encoder(Protocol):
     """The vision pool. Calls that arrive together are batched by the other side."""
 
-    async def encode(self, picture: PreparedImage, *, key: str, timeout_s: float) -> Encoded:
-        """Vectors of one picture.
+    async def encode(self, picture: PreparedImage, *, key: str, by_value: bool, timeout_s: float) -> Encoded:
+        """Vectors of one picture, put into the shared store; in the answer too if that failed or `by_value` asks.
 
         Raises:
             Overloaded: the queue is full.
@@ -47,7 +47,7 @@ class Encoder(Protocol):
 class Decoder(Protocol):
     """The language-model pool."""
 
-    def generate(self, call: GenerateCall, *, affinity: str) -> AsyncIterator[TokenBatch]:
+    def generate(self, call: GenerateCall, *, affinity: str) -> AsyncGenerator[TokenBatch, None]:
         """Stream tokens. Closing the iterator frees everything the call holds.
 
         `affinity` is a hint: calls with the same value should meet the same replica.
@@ -64,6 +64,7 @@ class Hit:
     """The store holds the vectors under this key."""
 
 
+@runtime_checkable
 class Lease(Protocol):
     """We are the one who encodes this key. Exactly one of the two methods must be called."""
 
@@ -76,6 +77,7 @@ class Lease(Protocol):
         ...
 
 
+@runtime_checkable
 class Flight(Protocol):
     """Someone else is encoding this key."""
 
@@ -89,6 +91,11 @@ Lookup = Hit | Lease | Flight
 
 class EmbeddingStore(Protocol):
     """Vectors by key, over however many tiers. An outage is a miss, never an exception."""
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether a decoder can be expected to find what an encoder puts; false while the shared tier is away."""
+        ...
 
     async def lookup(self, keys: Sequence[str]) -> Mapping[str, Lookup]:
         """Hit, lease or flight for every distinct key, asked all at once."""

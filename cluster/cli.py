@@ -1,0 +1,311 @@
+"""The `omnilmm` command: serve, chat, keys."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from threading import Event
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from omnilmm.config import InputHandling
+from omnilmm.errors import OmniError
+
+if TYPE_CHECKING:
+    from cluster.local import LocalCluster
+    from deployments.settings import AppSettings
+
+app = typer.Typer(
+    help="OmniLMM on Ray Serve.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
+keys = typer.Typer(help="API keys.", no_args_is_help=True)
+app.add_typer(keys, name="keys")
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def main() -> None:
+    """Run the command; an error of ours is one line on stderr and exit status 1."""
+    try:
+        app()
+    except OmniError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error.message}", highlight=False, soft_wrap=True)
+        raise SystemExit(1) from None
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=PATH of a checkpoint folder or hub id; repeatable. Without one: a tiny built-in model."
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on. Anything but loopback needs keys.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="TCP port.")] = 8000,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+    redis: Annotated[
+        str, typer.Option(help='"embedded", "none", or a redis://, rediss:// or unix:// URL.')
+    ] = "embedded",
+    input_handling: Annotated[InputHandling, typer.Option(help="How faithful the edges are to the originals.")] = (
+        InputHandling.SAFE
+    ),
+    config: Annotated[
+        Path | None, typer.Option(help="A serve_config.yaml, instead of --model etc.", exists=True, dir_okay=False)
+    ] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Port of the Prometheus page; any free one if not given.")
+    ] = None,
+    temp_dir: Annotated[
+        Path | None, typer.Option(help="Keep Ray's logs here; a private folder, removed at the end, if not given.")
+    ] = None,
+) -> None:
+    """Serve models on this machine until Ctrl-C."""
+    from cluster.demo import demo_picture
+    from cluster.local import LocalCluster
+
+    begun = time.monotonic()
+    console = Console(highlight=False, soft_wrap=True)
+
+    def say(line: str) -> None:
+        console.print(f"[dim]{time.monotonic() - begun:6.1f} s[/]  {line}")
+
+    is_demo = not model and config is None
+    settings = (
+        _settings_from_yaml(config)
+        if config is not None
+        else _settings(model or [_demo_model(say)], dtype=dtype, redis=redis, handling=input_handling)
+    )
+    cluster = LocalCluster(settings, host=host, port=port, temp_dir=temp_dir, metrics_port=metrics_port)
+    stopping = _catch_signals()
+    try:
+        cluster.start(say)
+        _await_ready(cluster)
+        say(f"[bold green]ready[/] at {cluster.url}")
+        if not settings.keys:
+            _ask_once(cluster, settings, demo_picture(), console)
+        _print_usage(cluster, settings, console, is_demo=is_demo)
+        stopping.wait()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        _ignore_signals()
+        say("stopping")
+        cluster.stop()
+        say("stopped")
+
+
+@app.command()
+def chat(
+    picture: Annotated[Path, typer.Argument(help="A JPEG, PNG, WebP or GIF file.", exists=True, dir_okay=False)],
+    question: Annotated[str, typer.Argument(help="The first question about it.")],
+    model: Annotated[
+        str | None, typer.Option(help="Checkpoint folder or hub id; with --url, the served model's name.")
+    ] = None,
+    url: Annotated[str | None, typer.Option(help="Ask a running cluster, e.g. http://127.0.0.1:8000.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="OMNILMM_API_KEY", help="Key for the cluster.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16 (local).")] = "bfloat16",
+    input_handling: Annotated[InputHandling, typer.Option(help="safe or original (local).")] = InputHandling.SAFE,
+    greedy: Annotated[bool, typer.Option("--greedy", help="Likeliest token each time.")] = False,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer in tokens.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Makes sampled answers repeatable.")] = None,
+) -> None:
+    """Chat about a picture; further questions are read from the terminal until an empty line or Ctrl-D."""
+    from omnilmm.chat import OmniLMMChat, img2base64
+
+    console = Console(highlight=False)
+    image = img2base64(picture)
+    with _open_chat(OmniLMMChat, console, model, url, api_key, dtype, input_handling) as partner:
+        messages = [{"role": "user", "content": question}]
+        while True:
+            pieces = []
+            inputs = {"image": image, "question": json.dumps(messages)}
+            for piece in partner.stream(inputs, greedy=greedy, max_tokens=max_tokens, seed=seed):
+                pieces.append(piece)
+                console.out(piece, end="", highlight=False)
+            console.out("")
+            try:
+                question = console.input("[bold]> [/]") if sys.stdin.isatty() else sys.stdin.readline().strip()
+            except (EOFError, KeyboardInterrupt):
+                return
+            if not question:
+                return
+            messages += [
+                {"role": "assistant", "content": "".join(pieces).strip()},
+                {"role": "user", "content": question},
+            ]
+
+
+@keys.command("new")
+def keys_new(
+    tenant: Annotated[str, typer.Option(help="Who the key is for.")] = "default",
+) -> None:
+    """Make an API key. It is shown once; the configuration gets its digest."""
+    from omnilmm.tenancy.keys import new_key
+
+    key, digest = new_key()
+    typer.echo(
+        f"key (shown once):  {key}\nunder `keys` in serve_config.yaml:\n  - {{tenant: {tenant}, sha256: {digest}}}"
+    )
+
+
+# -- settings -----------------------------------------------------------------------------------------
+
+
+def _settings(models: list[str], *, dtype: str, redis: str, handling: InputHandling) -> AppSettings:
+    described = []
+    for entry in models:
+        name, equals, path = entry.partition("=")
+        if not equals or not name or not path:
+            raise typer.BadParameter("--model takes NAME=PATH")
+        described.append({"name": name, "path": path, "dtype": dtype, "input_handling": handling})
+    return _validated({"models": described, "cache": {"redis": redis}})
+
+
+def _settings_from_yaml(path: Path) -> AppSettings:
+    import yaml
+
+    from omnilmm.errors import ConfigError
+
+    document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        (application,) = document["applications"]
+        return _validated(application["args"])
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, OmniError):
+            raise
+        raise ConfigError(f"{path} must hold exactly one application with args") from None
+
+
+def _validated(args: dict[str, Any]) -> AppSettings:
+    from pydantic import ValidationError
+
+    from deployments.settings import AppSettings
+    from omnilmm.errors import ConfigError
+
+    try:
+        return AppSettings.model_validate(args)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise ConfigError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def _demo_model(say: Any) -> str:
+    from cluster.demo import DEMO_NAME, demo_checkpoint
+
+    folder = demo_checkpoint()
+    say("no --model given: serving a tiny built-in model with [bold]random weights[/]; its answers mean nothing")
+    return f"{DEMO_NAME}={folder}"
+
+
+# -- running ------------------------------------------------------------------------------------------
+
+
+def _catch_signals() -> Event:
+    """The first Ctrl-C or SIGTERM interrupts whatever the main thread does, start-up included."""
+    stopping = Event()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        stopping.set()
+        raise KeyboardInterrupt
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, interrupt)
+    return stopping
+
+
+def _ignore_signals() -> None:
+    """While stopping, a second Ctrl-C must not leave processes behind."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _await_ready(cluster: LocalCluster) -> None:
+    import httpx
+
+    from omnilmm.errors import StartupError
+
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            if httpx.get(f"{cluster.url}/ready", timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.1)
+    raise StartupError("the server runs but does not become ready")
+
+
+def _ask_once(cluster: LocalCluster, settings: AppSettings, picture: bytes, console: Console) -> None:
+    """The main job, once, over HTTP: a picture and a question in, an answer out."""
+    import base64
+
+    from omnilmm.chat import OmniLMMChat
+
+    question = "What is in the picture?"
+    messages = json.dumps([{"role": "user", "content": question}])
+    with OmniLMMChat(cluster.url, model=settings.models[0].name) as partner:
+        answer = partner.process({"image": base64.b64encode(picture), "question": messages}, greedy=True, max_tokens=16)
+    console.print(f"\n[bold]picture[/]   a red circle and a blue square ({len(picture)} bytes of PNG)")
+    console.print(f"[bold]question[/]  {question}")
+    console.print(f"[bold]answer[/]    {answer}", markup=True)
+
+
+def _print_usage(cluster: LocalCluster, settings: AppSettings, console: Console, *, is_demo: bool) -> None:
+    import base64
+
+    from cluster.demo import demo_picture
+
+    url = "data:image/png;base64," + base64.b64encode(demo_picture()).decode("ascii")
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is in the picture?"}]
+    body = {
+        "model": settings.models[0].name,
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": 32,
+        "stream": True,
+    }
+    key = "-H 'Authorization: Bearer YOUR_KEY' " if settings.keys else ""
+    console.print("\nPaste this into another terminal:\n")
+    curl = f"curl -sN {cluster.url}/v1/chat/completions"
+    console.out(
+        f"{curl} {key}-H 'Content-Type: application/json' -d '{json.dumps(body)}'",
+        highlight=False,
+    )
+    if is_demo:
+        console.print("\n[dim]The built-in model has random weights. Serve a real one with --model NAME=PATH.[/]")
+    console.print("\nCtrl-C stops everything.")
+
+
+def _open_chat(
+    kind: Any,
+    console: Console,
+    model: str | None,
+    url: str | None,
+    api_key: str | None,
+    dtype: str,
+    input_handling: InputHandling,
+) -> Any:
+    if url is not None:
+        return kind(url, model=model, api_key=api_key)
+    from cluster.demo import demo_checkpoint
+
+    columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("loading", total=None)
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        path = model or str(demo_checkpoint())
+        return kind(path, dtype=dtype, input_handling=input_handling, progress=progress)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""Ray, Serve and the application on this one machine: started together, stopped together, nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omnilmm.errors import ConfigError, StartupError
+from omnilmm.tenancy.keys import is_loopback
+
+if TYPE_CHECKING:
+    from deployments.settings import AppSettings
+
+APP_NAME = "omnilmm"
+READY_TIMEOUT_S = 600.0
+OBJECT_STORE_BYTES = 200 * 1024**2
+
+Say = Callable[[str], None]
+
+RAY_ENVIRONMENT: Mapping[str, str] = {
+    # read by every Ray process at its start, so they must be set before ray is imported
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AUTH_MODE": "token",  # Ray's own ports answer nobody without this machine's token
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",  # about half the cost per hop of the object store
+    "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(256 * 1024**2),  # a request body can be 32 MB
+    "RAY_DEDUP_LOGS": "0",
+}
+
+
+class LocalCluster:
+    """A whole cluster on this machine.
+
+    Args:
+        settings: what to serve.
+        host: address to listen on; anything but loopback needs API keys in the settings.
+        port: TCP port for HTTP.
+        temp_dir: where Ray keeps sockets and logs; a private folder that is removed again if not given.
+        metrics_port: port of the Prometheus page on loopback, or None for one Ray picks.
+    """
+
+    def __init__(
+        self,
+        settings: AppSettings,
+        *,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        temp_dir: Path | None = None,
+        metrics_port: int | None = None,
+    ) -> None:
+        self.settings, self.host, self.port = settings, host, port
+        self.metrics_port = metrics_port
+        self._given_dir = temp_dir
+        self.temp_dir: Path | None = None
+        self._started = False
+
+    @property
+    def url(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
+
+    def start(self, say: Say) -> None:
+        """Bring everything up; returns when the application answers. `say` gets a line for each thing done.
+
+        Raises:
+            ConfigError: the address is taken, or open to the network without keys.
+            StartupError: a deployment could not start; the message is what it said.
+        """
+        check_address(self.host, self.port, has_keys=bool(self.settings.keys))
+        for name, value in RAY_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        self.temp_dir = self._given_dir or Path(tempfile.mkdtemp(prefix="omnilmm-", dir=_short_temp()))
+        os.environ["RAY_TMPDIR"] = str(self.temp_dir)
+        self._started = True
+        self._start_ray(say)
+        self._start_serve(say)
+
+    def stop(self) -> None:
+        """End what `start` began, in reverse; safe to call at any point of it, and twice."""
+        if not self._started:
+            return
+        import ray
+        from ray import serve
+
+        if ray.is_initialized():
+            with contextlib.suppress(Exception):  # going down must go on, whatever has died before us
+                serve.shutdown()
+            with contextlib.suppress(Exception):
+                self._stop_redis()
+            ray.shutdown()
+        if self._given_dir is None and self.temp_dir is not None:
+            shutil.rmtree(self.temp_dir, ignore_errors=True)
+        self._started = False
+
+    def _start_ray(self, say: Say) -> None:
+        begun = time.monotonic()
+        import ray
+
+        pools = [pool for model in self.settings.models for pool in (model.vision, model.decoder)]
+        replicas = sum(pool.autoscaling.max_replicas for pool in pools)
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, 4) + replicas,  # logical: booked by replicas, not burnt
+            resources={"vision_pool": float(replicas), "decode_pool": float(replicas)},
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _temp_dir=str(self.temp_dir),
+            _metrics_export_port=self.metrics_port,
+        )
+        say(f"Ray is up ({time.monotonic() - begun:.1f} s); logs: {self.temp_dir}/session_latest/logs/serve")
+
+    def _start_serve(self, say: Say) -> None:
+        begun = time.monotonic()
+        from ray import serve
+
+        from deployments.app import build
+
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        json_logs = {"encoding": "JSON", "enable_access_log": False}
+        serve.start(http_options={"host": self.host, "port": self.port}, logging_config=json_logs)
+        app = build(self.settings)
+        say(f"Serve is up, checkpoints are read ({time.monotonic() - begun:.1f} s); starting replicas")
+        target = serve.RunTarget(app, name=APP_NAME, route_prefix="/", logging_config=json_logs)
+        serve.run_many([target], wait_for_applications_running=False)
+        self._await_running(say)
+        say(f"All pools are running ({time.monotonic() - begun:.1f} s)")
+
+    def _await_running(self, say: Say) -> None:
+        from ray import serve
+
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        seen: dict[str, str] = {}
+        while time.monotonic() < deadline:
+            app = serve.status().applications[APP_NAME]
+            for name, deployment in app.deployments.items():
+                if deployment.status != seen.get(name):
+                    seen[name] = deployment.status
+                    say(f"  {name}: {deployment.status.value.lower().replace('_', ' ')}")
+                if "DEPLOY_FAILED" in deployment.status or "UNHEALTHY" in deployment.status:
+                    raise StartupError(f"{name} could not start: {_last_line(deployment.message)}")
+            if app.status == "RUNNING":
+                return
+            if app.status == "DEPLOY_FAILED":
+                raise StartupError(f"the application could not start: {_last_line(app.message)}")
+            time.sleep(0.2)
+        raise StartupError(f"the application was not running after {READY_TIMEOUT_S:.0f} s")
+
+    def _stop_redis(self) -> None:
+        import ray
+
+        from deployments.stores import ACTOR_NAME, NAMESPACE
+
+        actor = ray.get_actor(ACTOR_NAME, namespace=NAMESPACE)
+        ray.wait([actor.stop.remote()], timeout=3)
+        ray.kill(actor)
+
+
+def check_address(host: str, port: int, *, has_keys: bool) -> None:
+    """Raises ConfigError for an address that is taken, or that is open to the network without keys."""
+    if not has_keys and not is_loopback(host):
+        raise ConfigError(
+            f"refusing to listen on {host} without API keys; make one with `omnilmm keys new` and put its digest "
+            "under `keys`, or listen on 127.0.0.1"
+        )
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}") from None
+
+
+def _short_temp() -> str:
+    """A place for unix sockets, whose paths may not exceed 107 bytes."""
+    default = tempfile.gettempdir()
+    return default if len(default) <= 40 else "/tmp"  # noqa: S108 - mkdtemp makes a private folder in it
+
+
+def _last_line(message: str) -> str:
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return lines[-1] if lines else "no reason given"

@@ -1,0 +1,1 @@
+"""Ray Serve shells around omnilmm: thin, and the only place that knows both."""

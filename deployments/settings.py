@@ -1,0 +1,207 @@
+"""What serve_config.yaml (and the command line) may say. Anything else is refused by name.
+
+Every number has a unit in its description; every default is safe on one machine.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from omnilmm.config import CacheConfig, EncoderConfig, EngineConfig, ImageLimits, InputHandling
+from omnilmm.errors import ConfigError
+from omnilmm.tenancy.keys import KeyBook, KeyRecord, Tenant
+
+CACHE_SECRET_VARIABLE = "OMNILMM_CACHE_SECRET"  # noqa: S105 - the name of a variable, not a secret
+MIN_SECRET_CHARS = 32
+
+VISION_RESOURCE = "vision_pool"
+DECODE_RESOURCE = "decode_pool"
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Autoscaling(Settings):
+    """How many replicas a pool has, and when that changes. Delays in seconds."""
+
+    min_replicas: Annotated[int, Field(ge=0, le=500)] = 1
+    max_replicas: Annotated[int, Field(ge=1, le=500)] = 1
+    initial_replicas: Annotated[int, Field(ge=0, le=500)] | None = None
+    target_ongoing_requests: Annotated[float, Field(gt=0, le=10_000)] = 8.0
+    upscale_delay_s: Annotated[float, Field(ge=0, le=3600)] = 5.0
+    downscale_delay_s: Annotated[float, Field(ge=0, le=86_400)] = 120.0
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Autoscaling:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError("min_replicas is greater than max_replicas")
+        return self
+
+
+class Pool(Settings):
+    """The machine share of one replica, and what it may hold at a time."""
+
+    autoscaling: Autoscaling = Autoscaling()
+    num_cpus: Annotated[float, Field(ge=0, le=1024)] = 0.1
+    num_gpus: Annotated[float, Field(ge=0, le=64)] = 0.0
+    pool_share: Annotated[float, Field(gt=0, le=64)] = 0.01
+    """How much of the pool's custom resource one replica takes."""
+    max_ongoing_requests: Annotated[int, Field(ge=1, le=100_000)] = 256
+    max_queued_requests: Annotated[int, Field(ge=1, le=100_000)] = 512
+    """Calls that may wait in each caller for a free replica."""
+    torch_threads: Annotated[int, Field(ge=0, le=1024)] = 0
+    """CPU threads for matrix work; 0 means all cores of the machine."""
+
+
+class VisionPool(Pool):
+    max_batch: Annotated[int, Field(ge=1, le=1024)] = 8
+    max_queue: Annotated[int, Field(ge=1, le=100_000)] = 256
+
+    def encoder_config(self) -> EncoderConfig:
+        return EncoderConfig(max_batch=self.max_batch, max_queue=self.max_queue)
+
+
+class DecoderPool(Pool):
+    num_blocks: Annotated[int, Field(ge=8, le=10_000_000)] = 1024
+    """KV blocks a replica keeps; times block_size it is the number of token positions."""
+    block_size: Annotated[int, Field(ge=1, le=512)] = 16
+    max_step_tokens: Annotated[int, Field(ge=16, le=1_000_000)] = 512
+    max_sequences: Annotated[int, Field(ge=1, le=100_000)] = 64
+    max_waiting: Annotated[int, Field(ge=1, le=1_000_000)] = 256
+
+    def engine_config(self, max_context: int) -> EngineConfig:
+        return EngineConfig(
+            num_blocks=self.num_blocks,
+            block_size=self.block_size,
+            max_step_tokens=self.max_step_tokens,
+            max_sequences=self.max_sequences,
+            max_waiting=self.max_waiting,
+            max_context=max_context,
+        )
+
+
+class Model(Settings):
+    """One served model: a checkpoint folder or hub id, under a name that clients use."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+    path: Annotated[str, Field(min_length=1, max_length=4096)]
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    input_handling: InputHandling = InputHandling.SAFE
+    max_context: Annotated[int, Field(ge=128, le=1_000_000)] | None = None
+    """Tokens of prompt and answer together; the checkpoint's own limit if not given."""
+    vision: VisionPool = VisionPool()
+    decoder: DecoderPool = DecoderPool()
+
+    def context(self, checkpoint_limit: int) -> int:
+        """Tokens of prompt and answer together: what the checkpoint, this setting and the KV cache allow."""
+        room = self.decoder.num_blocks * self.decoder.block_size
+        return min(checkpoint_limit, self.max_context or checkpoint_limit, room)
+
+
+class RouterPool(Pool):
+    decode_workers: Annotated[int, Field(ge=1, le=64)] = 1
+    """Child processes per router replica that decode pictures."""
+    request_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 300.0
+    max_body_bytes: Annotated[int, Field(ge=1024, le=1024**3)] = 32 * 1024**2
+
+
+class Cache(Settings):
+    """The embedding cache. `redis` is "embedded" (a server of our own on a unix socket), "none", or a URL."""
+
+    redis: Annotated[str, Field(max_length=1024)] = "embedded"
+    embedded_max_bytes: Annotated[int, Field(ge=1024**2, le=2**44)] = 512 * 1024**2
+    memory_bytes: Annotated[int, Field(ge=0, le=2**44)] = 256 * 1024**2
+    """Vectors kept in each decoder replica's own memory."""
+    timeout_s: Annotated[float, Field(gt=0, le=5)] = 0.05
+    ttl_s: Annotated[float, Field(gt=0, le=10 * 365 * 86_400)] = 7 * 86_400.0
+    lease_s: Annotated[float, Field(gt=0, le=600)] = 10.0
+
+    @field_validator("redis")
+    @classmethod
+    def _known_kind(cls, value: str) -> str:
+        if value in ("embedded", "none") or re.match(r"^(redis|rediss|unix)://", value):
+            return value
+        raise ValueError('say "embedded", "none", or a redis://, rediss:// or unix:// URL')
+
+    def config(self, url: str | None) -> CacheConfig:
+        return CacheConfig(
+            redis_url=url,
+            memory_bytes=self.memory_bytes,
+            timeout_s=self.timeout_s,
+            ttl_s=self.ttl_s,
+            lease_s=self.lease_s,
+        )
+
+
+class Key(Settings):
+    """An API key by the SHA-256 of its text; `omnilmm keys new` makes one."""
+
+    tenant: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")]
+    models: list[str] | None = None
+    weight: Annotated[float, Field(gt=0, le=1000)] = 1.0
+
+
+class Limits(Settings):
+    """Caps on pictures: bytes a file, pixels a side, an image and a request, images a request."""
+
+    max_file_bytes: Annotated[int, Field(ge=1024, le=2**30)] = 20 * 1024**2
+    max_side: Annotated[int, Field(ge=64, le=65_535)] = 8192
+    max_pixels: Annotated[int, Field(ge=4096, le=2**31)] = 36_000_000
+    max_request_pixels: Annotated[int, Field(ge=4096, le=2**31)] = 64_000_000
+    max_images: Annotated[int, Field(ge=1, le=256)] = 16
+
+    def config(self) -> ImageLimits:
+        return ImageLimits(**self.model_dump())
+
+
+class AppSettings(Settings):
+    """The whole application: `args` of serve_config.yaml."""
+
+    models: Annotated[list[Model], Field(min_length=1, max_length=64)]
+    router: RouterPool = RouterPool()
+    cache: Cache = Cache()
+    limits: Limits = Limits()
+    keys: list[Key] = []
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> AppSettings:
+        names = [model.name for model in self.models]
+        if len(set(names)) < len(names):
+            raise ValueError("two models have the same name")
+        return self
+
+    def key_book(self) -> KeyBook:
+        return KeyBook(
+            KeyRecord(
+                key.sha256,
+                Tenant(
+                    name=key.tenant,
+                    scope=key.tenant,
+                    models=None if key.models is None else frozenset(key.models),
+                    weight=key.weight,
+                ),
+            )
+            for key in self.keys
+        )
+
+
+def cache_secret() -> bytes:
+    """The operator's secret that cache keys and MACs are made with; needed with a Redis of one's own.
+
+    Raises:
+        ConfigError: the variable is missing or too short.
+    """
+    secret = os.environ.get(CACHE_SECRET_VARIABLE, "")
+    if len(secret) < MIN_SECRET_CHARS:
+        raise ConfigError(
+            f"set {CACHE_SECRET_VARIABLE} to at least {MIN_SECRET_CHARS} random characters, the same on every node: "
+            "entries in a Redis of your own are keyed and authenticated with it"
+        )
+    return secret.encode()

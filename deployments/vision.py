@@ -1,0 +1,53 @@
+"""The vision pool's replica: a shell around the encoder loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+from deployments.settings import Cache, Model
+from deployments.stores import open_store
+from deployments.telemetry import ServeObserver
+from omnilmm.encoder.encode import VisionEncoder
+from omnilmm.encoder.loop import EncoderLoop
+from omnilmm.errors import ConfigError, ReplicaLost
+from omnilmm.messages import Encoded, PixelIdentity, PreparedImage
+from omnilmm.models.checkpoint import resolve_checkpoint
+from omnilmm.models.config import read_model_config
+from omnilmm.models.device import pick_device, use_threads
+from omnilmm.models.weights import load_encoder
+from omnilmm.pipeline import LocalEncoder
+
+
+class Vision:
+    """Encodes pictures for every router. Knows nothing of language."""
+
+    async def __init__(self, model: Model, cache: Cache) -> None:  # type: ignore[misc]  # Serve awaits it
+        folder = resolve_checkpoint(model.path)
+        config = read_model_config(folder)
+        policy = config.image_policy(model.input_handling)
+        if policy is None:
+            raise ConfigError(f"model {model.name!r} has no vision tower")
+        use_threads(model.vision.torch_threads)
+        core = VisionEncoder(load_encoder(folder, config, dtype=model.dtype, device=pick_device(model.device)), policy)
+        blank = bytes(3 * policy.side * policy.side)
+        core.encode([PreparedImage(PixelIdentity(b"", policy.side, policy.side), policy.side, blank)])  # rehearse
+        observer = ServeObserver()
+        self._store = await open_store(cache, observer, memory_bytes=0)  # it never reads what it wrote
+        self._loop = EncoderLoop(core, model.vision.encoder_config(), observer)
+        self._loop.start()
+        self._encoder = LocalEncoder(self._loop, self._store)
+
+    async def encode(self, picture: PreparedImage, *, key: str, by_value: bool, timeout_s: float) -> Encoded:
+        return await self._encoder.encode(picture, key=key, by_value=by_value, timeout_s=timeout_s)
+
+    async def stats(self) -> dict[str, object]:
+        return {"pid": os.getpid(), **dataclasses.asdict(self._loop.stats())}
+
+    def check_health(self) -> None:
+        if not self._loop.is_healthy:
+            raise ReplicaLost("The vision loop has stopped.")
+
+    async def __del__(self) -> None:
+        self._loop.stop()
+        await self._store.aclose()

@@ -1,0 +1,254 @@
+"""Single flight: of all requests for one picture, in all processes, one encodes and the others wait for it.
+
+In this process a lease is an entry in a dict. Among processes it is a Redis key that names its holder and expires
+unless a heartbeat renews it; news travels by pub/sub, and a poll catches what pub/sub lost: a message sent while
+nobody listened, a holder that died. So nothing here is needed for correctness. If all of it fails, a picture is
+encoded twice.
+
+    who                 owns                                             until
+    StoreLease          the future its followers in this process await   resolve, abandon, or dropped unresolved
+    its heartbeat task  the renewal in Redis                             the lease ends
+    StoreFlight         nothing; waiting registers, leaving unregisters
+    the watch task      the subscription and the polls                   nobody here waits for another process
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from omnilmm.cache.link import Subscription
+from omnilmm.cache.redis import KeyState, RedisTier, read_wake
+from omnilmm.messages import Encoded
+
+POLL_S: Final = 0.25
+"""Between two looks at the keys others are encoding. News comes sooner; this bounds how late a death is noticed."""
+
+Outcome = asyncio.Future[Encoded | None]
+
+
+class StoreLease:
+    """This process encodes `key`, on behalf of everyone. Implements ports.Lease.
+
+    Ending it twice does nothing. If it is dropped without an end, its heartbeat stops, those who wait look the key up
+    again, and Redis forgets it after `lease_s`.
+    """
+
+    def __init__(self, flights: Flights, key: str) -> None:
+        self.key = key
+        self.outcome: Outcome = asyncio.get_running_loop().create_future()
+        self._flights = flights
+
+    async def resolve(self, encoded: Encoded) -> None:
+        await self._flights.end(self, encoded)
+
+    async def abandon(self) -> None:
+        await self._flights.end(self, None)
+
+
+class StoreFlight:
+    """Someone else encodes `key`: a lease of this process (then `outcome` is its future), or of another."""
+
+    def __init__(self, flights: Flights, key: str, outcome: Outcome | None) -> None:
+        self._flights = flights
+        self._key = key
+        self._outcome = outcome
+
+    async def wait(self, timeout_s: float) -> Encoded | None:
+        """Their result, with the vectors in it if only this process has them; None means look the key up again."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                if self._outcome is None:
+                    return await self._flights.await_news(self._key)
+                return await asyncio.shield(self._outcome)
+        except TimeoutError:
+            return None
+
+
+@dataclass(slots=True)
+class _Awaited:
+    """A key another process encodes, and how many here wait for it."""
+
+    outcome: Outcome
+    num_waiters: int = 0
+
+
+class Flights:
+    """The leases of this process and its waits for those of others. For one event loop.
+
+    Args:
+        redis: where other processes are met; None means there are none.
+        lease_s: how long a lease outlives its last heartbeat.
+    """
+
+    def __init__(self, redis: RedisTier | None, lease_s: float) -> None:
+        self._redis = redis
+        self._lease_s = lease_s
+        self._token = secrets.token_hex(16).encode()  # names this process as a holder
+        # Weak, so that a lease its holder lost does not block its key for ever.
+        self._leases: weakref.WeakValueDictionary[str, StoreLease] = weakref.WeakValueDictionary()
+        self._heartbeats: dict[Outcome, asyncio.Task[None]] = {}
+        self._awaited: dict[str, _Awaited] = {}
+        self._watcher: asyncio.Task[None] | None = None
+
+    # -- taking part ----------------------------------------------------------------------------------
+
+    def try_join(self, key: str) -> StoreFlight | None:
+        """Follow a lease of this process, if there is one."""
+        lease = self._leases.get(key)
+        return None if lease is None else StoreFlight(self, key, lease.outcome)
+
+    async def claim(self, keys: Sequence[str]) -> list[KeyState | None]:
+        """Try for the leases of `keys` in Redis; None for a key about which Redis does not answer."""
+        states = None
+        if self._redis is not None and keys:
+            states = await self._redis.claim(keys, self._token, self._lease_s)
+        return [None] * len(keys) if states is None else states
+
+    def take(self, key: str, state: KeyState | None) -> StoreLease | StoreFlight:
+        """Lead or follow, given what `claim` said."""
+        joined = self.try_join(key)
+        if joined is not None:
+            return joined
+        # A lease in our name that no one here holds is ours to take: a concurrent lookup's whose answer is still
+        # under way, or one we could not give back when Redis was out.
+        if state is None or state.holder == self._token:
+            return self._lead(key)
+        return StoreFlight(self, key, None)
+
+    async def give_back(self, keys: Iterable[str]) -> None:
+        """Undo claims that led to no lease here: the value was there after all, or the caller is gone."""
+        for key in keys:
+            if self._redis is not None and key not in self._leases:
+                await self._redis.drop_lease(key, self._token)
+
+    # -- leading --------------------------------------------------------------------------------------
+
+    def _lead(self, key: str) -> StoreLease:
+        lease = StoreLease(self, key)
+        self._leases[key] = lease
+        heartbeat = self._beat(weakref.ref(lease), key, lease.outcome)
+        self._heartbeats[lease.outcome] = asyncio.create_task(heartbeat, name=f"heartbeat {key}")
+        return lease
+
+    async def _beat(self, lease: weakref.ref[StoreLease], key: str, outcome: Outcome) -> None:
+        while True:
+            await asyncio.sleep(self._lease_s / 3)
+            if lease() is None:
+                self._heartbeats.pop(outcome, None)
+                if not outcome.done():
+                    outcome.set_result(None)
+                return
+            if self._redis is not None:
+                await self._redis.keep_lease(key, self._token, self._lease_s)
+
+    async def end(self, lease: StoreLease, encoded: Encoded | None) -> None:
+        """Wake the followers here at once, then those elsewhere."""
+        if lease.outcome.done():
+            return
+        lease.outcome.set_result(encoded)
+        if self._leases.get(lease.key) is lease:
+            del self._leases[lease.key]
+        self._settle(lease.key, encoded)
+        heartbeat = self._heartbeats.pop(lease.outcome)
+        heartbeat.cancel()
+        await asyncio.wait({heartbeat})  # a renewal under way must not outlive the release
+        if self._redis is not None:
+            stored = encoded is not None and encoded.stored
+            await self._redis.end_lease(lease.key, self._token, stored=stored)
+
+    # -- following another process --------------------------------------------------------------------
+
+    async def await_news(self, key: str) -> Encoded | None:
+        """Wait, for as long as the caller likes, for the process that encodes `key`."""
+        assert self._redis is not None, "only another process can be followed this way"
+        awaited = self._awaited.get(key)
+        is_new = awaited is None
+        if awaited is None:
+            awaited = self._awaited[key] = _Awaited(asyncio.get_running_loop().create_future())
+        awaited.num_waiters += 1
+        try:
+            if self._watcher is None:
+                self._watcher = asyncio.create_task(self._watch(self._redis), name="cache watch")
+            if is_new:
+                await self._poll(self._redis, [key])  # it may have ended since the lookup
+            return await asyncio.shield(awaited.outcome)
+        finally:
+            awaited.num_waiters -= 1
+            if not awaited.num_waiters and self._awaited.get(key) is awaited:
+                del self._awaited[key]
+
+    async def _watch(self, redis: RedisTier) -> None:
+        """Runs while anyone here waits for another process."""
+        news: Subscription | None = None
+        try:
+            while self._awaited:
+                if news is None or not news.is_alive:
+                    news = await redis.subscribe()
+                await self._poll(redis, list(self._awaited))  # after subscribing: what came before is not missed
+                await self._listen(news)
+        finally:
+            self._watcher = None  # before anything is awaited: whoever waits from now on starts the next one
+            if news is not None:
+                await news.aclose()
+
+    async def _listen(self, news: Subscription | None) -> None:
+        """Pass on messages until the next poll is due."""
+        loop = asyncio.get_running_loop()
+        due = loop.time() + POLL_S
+        while (left := due - loop.time()) > 0:
+            if news is None or not news.is_alive:
+                await asyncio.sleep(left)
+                return
+            message = await news.next(left)
+            wake = None if message is None else read_wake(message)
+            if wake is not None:
+                self._settle(wake.key, _found_elsewhere() if wake.stored else None)
+
+    async def _poll(self, redis: RedisTier, keys: Sequence[str]) -> None:
+        states = await redis.look(keys) if keys else []
+        if states is None:
+            if redis.is_down:  # no news can come: let everyone fend for themselves
+                for key in keys:
+                    self._settle(key, None)
+            return
+        for key, state in zip(keys, states, strict=True):
+            if state.stored:
+                self._settle(key, _found_elsewhere())
+            elif state.holder is None or state.holder == self._token:
+                self._settle(key, None)
+
+    def _settle(self, key: str, encoded: Encoded | None) -> None:
+        awaited = self._awaited.pop(key, None)
+        if awaited is not None:
+            awaited.outcome.set_result(encoded)
+
+    # -- the end --------------------------------------------------------------------------------------
+
+    def check_integrity(self) -> None:
+        """Assert that nobody leads and nobody waits. Call when idle."""
+        assert not self._leases, f"flights: {len(self._leases)} leases were not ended"
+        assert not self._heartbeats, f"flights: {len(self._heartbeats)} heartbeats without a lease"
+        assert not self._awaited, f"flights: {len(self._awaited)} keys still awaited"
+
+    async def aclose(self) -> None:
+        """Abandon every lease, send every waiter away, end every task."""
+        for lease in list(self._leases.values()):
+            await lease.abandon()
+        for key in list(self._awaited):
+            self._settle(key, None)
+        tasks = [*self._heartbeats.values(), *([self._watcher] if self._watcher else [])]
+        self._heartbeats.clear()
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+
+def _found_elsewhere() -> Encoded:
+    """Another process stored it: the vectors are in Redis, and no time was spent here."""
+    return Encoded(embedding=None, stored=True, seconds=0.0)

@@ -1,0 +1,250 @@
+"""The one function through which every exchange with Redis goes. It answers, or says None: it never raises.
+
+redis-py gives connections, TLS, authentication and the wire format. What it does not give is a bound on the whole of
+a call (its timeouts hold for each read, write and connect, and are followed by retries), so calls are made here on
+its connections directly, under one time budget, behind a circuit breaker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, Final, TypeVar
+
+from redis.asyncio.connection import AbstractConnection, ConnectionPool, UnixDomainSocketConnection, parse_url
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+from redis.maint_notifications import MaintNotificationsConfig
+
+from omnilmm.cache.breaker import Breaker, Entry, Outcome
+from omnilmm.errors import ConfigError
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+MAX_CONNECTIONS: Final = 16
+_READ_BYTES: Final = 1 << 18  # asyncio hands over at most this much at once; the default of 32 KiB costs 16 rounds
+
+
+@asynccontextmanager
+async def budget(seconds: float) -> AsyncIterator[None]:
+    """`asyncio.timeout`, but fair on a busy event loop.
+
+    When the loop was held up (a long parse, a busy machine), the timer itself fires late and the answer may already
+    lie in the socket. That lateness is ours, not the server's: the wait is then prolonged by one more budget, once.
+
+    Raises:
+        TimeoutError: the time is up.
+    """
+    loop = asyncio.get_running_loop()
+    due = loop.time() + seconds
+    async with asyncio.timeout(None) as limit:
+
+        def expire() -> None:
+            now = loop.time()
+            limit.reschedule(now + seconds if now - due > seconds / 2 else now)
+
+        timer = loop.call_at(due, expire)
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+
+async def converse(connection: AbstractConnection, *commands: tuple[Any, ...]) -> list[Any]:
+    """Send `commands` in one write and read their replies; a command the server refuses gives a ResponseError item."""
+    await connection.send_packed_command(connection.pack_commands(commands), check_health=False)
+    replies: list[Any] = []
+    for _ in commands:
+        try:
+            replies.append(await connection.read_response())
+        except ResponseError as refusal:
+            replies.append(refusal)
+    return replies
+
+
+class RedisLink:
+    """Connections to one server.
+
+    A server that is gone costs its discoverer at most `timeout_s`, a hung one too; while the breaker is open a call
+    costs nothing. Under local contention a call may wait up to another `timeout_s` for one of the connections.
+
+    Args:
+        url: redis://, rediss:// or unix://, with credentials and database number as redis-py reads them.
+        timeout_s: for one whole exchange: connecting, authenticating, writing, reading.
+        breaker: shared by all calls of this link.
+
+    Raises:
+        ConfigError: the URL cannot be used, or names another machine without a password.
+    """
+
+    def __init__(self, url: str, *, timeout_s: float, breaker: Breaker) -> None:
+        self._timeout_s = timeout_s
+        self._breaker = breaker
+        self._pool = _make_pool(url, timeout_s)
+        self._slots = asyncio.Semaphore(MAX_CONNECTIONS)
+        self._num_open = 0
+
+    @property
+    def is_down(self) -> bool:
+        """Whether the server counts as gone."""
+        return self._breaker.is_open
+
+    async def run(self, exchange: Callable[[AbstractConnection], Awaitable[T]]) -> T | None:
+        """What `exchange` returns, or None when there was no connection, no time or no sense in the answer."""
+        if not self._breaker.can_enter():
+            return None
+        try:
+            async with budget(self._timeout_s):
+                await self._slots.acquire()
+        except TimeoutError:
+            return None  # too many of us at once, which says nothing about the server
+        try:
+            entry = self._breaker.try_enter()  # it may have opened while we queued
+            return None if entry is None else await self._attempt(exchange, entry)
+        finally:
+            self._slots.release()
+
+    async def _attempt(self, exchange: Callable[[AbstractConnection], Awaitable[T]], entry: Entry) -> T | None:
+        outcome, answer, fault = Outcome.CANCELLED, None, ""
+        try:
+            async with budget(self._timeout_s):
+                answer = await self._converse(exchange, entry)
+            outcome = Outcome.ANSWERED
+        except (TimeoutError, RedisTimeoutError):
+            outcome, fault = Outcome.TIMED_OUT, "no answer in time"
+        except (RedisError, OSError) as error:
+            outcome, fault = Outcome.FAILED, type(error).__name__
+        except Exception as error:
+            # Whatever a garbled reply makes the client library do, the cache stays optional.
+            outcome, fault = Outcome.FAILED, type(error).__name__
+            _log.exception("Redis: unexpected failure of the client, treated as a miss")
+        finally:
+            self._report(entry, outcome, fault)
+        return answer
+
+    def _report(self, entry: Entry, outcome: Outcome, fault: str) -> None:
+        was_down = self._breaker.is_open
+        self._breaker.leave(entry, outcome)
+        if self._breaker.is_open and not was_down:
+            _log.warning("Redis is out (%s): every question to it is a miss until it is back", fault)
+        elif was_down and not self._breaker.is_open:
+            _log.warning("Redis is back")
+
+    async def _converse(self, exchange: Callable[[AbstractConnection], Awaitable[T]], entry: Entry) -> T:
+        connection = await self._pool.get_connection()
+        self._num_open += 1
+        try:
+            if entry is Entry.PROBE:
+                # Ask a small question first: half a megabyte written to a hung server would linger in our memory.
+                await converse(connection, ("PING",))
+            return await exchange(connection)
+        except BaseException:
+            # A half-read answer must never meet the next caller, nor a WATCH its transaction.
+            await connection.disconnect(nowait=True)
+            raise
+        finally:
+            self._num_open -= 1
+            await self._pool.release(connection)
+
+    async def subscribe(self, channel: str) -> Subscription | None:
+        """Listen to `channel` on a connection of its own, or None when that is not to be had."""
+        if self._breaker.is_open:
+            return None
+        connection = self._pool.make_connection()
+        try:
+            async with budget(self._timeout_s):
+                await connection.connect()
+                (reply,) = await converse(connection, ("SUBSCRIBE", channel))
+            if isinstance(reply, list) and reply[:1] == [b"subscribe"]:
+                return Subscription(connection)
+        except Exception as error:
+            # Polling does the same work more slowly, and the polls tell the breaker.
+            _log.info("Redis: no subscription (%s)", type(error).__name__)
+        except asyncio.CancelledError:
+            await connection.disconnect(nowait=True)
+            raise
+        await connection.disconnect(nowait=True)
+        return None
+
+    def check_integrity(self) -> None:
+        """Assert that no exchange holds a connection. Call when idle."""
+        assert self._num_open == 0, "redis link: a connection was not handed back"
+
+    async def aclose(self) -> None:
+        await self._pool.disconnect()
+
+
+class Subscription:
+    """Messages of one channel. Close it when done."""
+
+    def __init__(self, connection: AbstractConnection) -> None:
+        self._connection = connection
+        self.is_alive = True
+
+    async def next(self, timeout_s: float) -> bytes | None:
+        """The next message, or None when none came in time or the connection broke (see `is_alive`)."""
+        try:
+            reply = await self._connection.read_response(timeout=max(timeout_s, 0.0))
+        except Exception as error:  # whatever a garbled message makes the client library do, polling goes on
+            _log.info("Redis: subscription lost (%s)", type(error).__name__)
+            await self.aclose()
+            return None
+        if isinstance(reply, list) and len(reply) == 3 and reply[0] == b"message" and isinstance(reply[2], bytes):
+            return reply[2]
+        return None
+
+    async def aclose(self) -> None:
+        self.is_alive = False
+        await self._connection.disconnect(nowait=True)
+
+
+def _make_pool(url: str, timeout_s: float) -> ConnectionPool:
+    """A pool whose timeouts and retries are ours, whatever the query string of the URL says."""
+    try:
+        given = dict(parse_url(url))
+    except ValueError:
+        raise ConfigError("redis_url: expected redis://, rediss:// or unix:// with valid options") from None
+    if given.get("connection_class") is UnixDomainSocketConnection and not given.get("path"):
+        raise ConfigError("redis_url: unix:// needs the path of a socket")
+    _refuse_open_door(given)
+    ours: dict[str, Any] = {
+        "max_connections": MAX_CONNECTIONS,
+        # A net beneath `budget`, which is the bound: these must not fire first, they know nothing of a busy loop.
+        "socket_timeout": 3 * timeout_s,
+        "socket_connect_timeout": 3 * timeout_s,
+        "socket_read_size": _READ_BYTES,
+        "retry": Retry(NoBackoff(), 0),
+        "retry_on_timeout": False,
+        "retry_on_error": [],
+        "health_check_interval": 0,
+        "decode_responses": False,
+        "protocol": 2,  # no HELLO: one round trip less before the first command
+        "driver_info": None,  # no CLIENT SETINFO either
+        "maint_notifications_config": MaintNotificationsConfig(enabled=False),
+    }
+    pool = ConnectionPool(**{**given, **ours})
+    try:
+        pool.make_connection()  # connects nothing; finds options the connection does not know
+    except (TypeError, ValueError, RedisError):
+        raise ConfigError("redis_url: unknown or contradictory options in its query") from None
+    return pool
+
+
+def _refuse_open_door(given: dict[str, Any]) -> None:
+    """A Redis anyone on the network can write to is refused."""
+    host = given.get("host", "localhost")
+    if "path" in given or given.get("password") or host == "localhost":
+        return
+    try:
+        local = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = False
+    if not local:
+        raise ConfigError("redis_url: a server on another machine needs a password")

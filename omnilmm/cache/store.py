@@ -1,0 +1,185 @@
+"""The embedding store: this process's memory over the shared Redis, with one encode per picture.
+
+Redis is optional at every moment. Gone, hung, full or lying, it makes misses; single flight then still holds within
+each process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from omnilmm.cache.codec import Codec
+from omnilmm.cache.flight import Flights, StoreLease
+from omnilmm.cache.memory import MemoryTier
+from omnilmm.cache.redis import RedisTier
+from omnilmm.config import CacheConfig
+from omnilmm.messages import Embedding, PixelIdentity
+from omnilmm.observe import CacheAsked, Observer
+from omnilmm.ports import Clock, Hit, Lookup
+
+TIER: Final = "memory"
+_IDENTITY_BYTES: Final = 128
+
+Held = Embedding | PixelIdentity
+
+
+class TieredStore:
+    """Implements ports.EmbeddingStore. Give it one event loop for its life; it may be made before that loop runs.
+
+    Args:
+        memory: the tier of this process; 0 bytes where a process never reads what it wrote (a vision replica).
+        redis: the tier all processes share, or None.
+        config: `lease_s` is read here.
+        observer: is told of every key asked for.
+        sole: this object is the product's only store, handed to encoder and decoder alike (the library in one
+            process). Only then does a value in memory alone count as found by others.
+    """
+
+    def __init__(
+        self,
+        memory: MemoryTier[Held],
+        redis: RedisTier | None,
+        config: CacheConfig,
+        observer: Observer,
+        *,
+        sole: bool = False,
+    ) -> None:
+        self._memory = memory
+        self._redis = redis
+        self._observer = observer
+        self._sole = sole
+        self._flights = Flights(redis, config.lease_s)
+
+    async def lookup(self, keys: Sequence[str]) -> Mapping[str, Lookup]:
+        """Hit, lease or flight for every distinct key: one round trip to Redis if all are there, two if not.
+
+        A Hit means that `get` of this store finds the vectors. Another process finds them too unless they are in this
+        memory alone, which happens when Redis was out at the time they were made. Every lease must be ended.
+        """
+        found: dict[str, Lookup] = {}
+        asked: list[str] = []
+        for key in dict.fromkeys(keys):
+            if self._memory.get(key) is not None:
+                self._tell("hit")
+                found[key] = Hit()
+                continue
+            self._tell("miss")
+            flight = self._flights.try_join(key)
+            if flight is None:
+                asked.append(key)
+            else:
+                found[key] = flight
+        if asked:
+            found |= await self._ask_redis(asked)
+        return found
+
+    async def _ask_redis(self, keys: list[str]) -> dict[str, Lookup]:
+        are_there = await self._redis.find(keys) if self._redis is not None else None
+        missing = [key for key, is_there in zip(keys, are_there or [False] * len(keys), strict=True) if not is_there]
+        found: dict[str, Lookup] = {key: Hit() for key in keys if key not in missing}
+        try:
+            states = await self._flights.claim(missing)
+            late_hits = [key for key, state in zip(missing, states, strict=True) if state is not None and state.stored]
+            found |= {key: Hit() for key in late_hits}
+            for key, state in zip(missing, states, strict=True):
+                if key not in found:
+                    found[key] = self._flights.take(key, state)
+            await self._flights.give_back(late_hits)
+        except asyncio.CancelledError:
+            # The caller will never see these leases: nobody else may wait for them.
+            for lease in found.values():
+                if isinstance(lease, StoreLease):
+                    await lease.abandon()
+            await self._flights.give_back(missing)
+            raise
+        return found
+
+    async def get(self, key: str) -> Embedding | None:
+        """The vectors, from the nearest tier that has them. What Redis gave is kept in memory."""
+        held = self._memory.get(key)
+        if isinstance(held, Embedding):
+            self._tell("hit", len(held.data))
+            return held
+        self._tell("miss")
+        if self._redis is None:
+            return None
+        embedding = await self._redis.get(key)
+        if embedding is not None:
+            self._memory.put(key, embedding, len(embedding.data))
+        return embedding
+
+    async def put(self, key: str, embedding: Embedding) -> bool:
+        """Keep the vectors in every tier. True if the decoder's store can now find them: Redis took them, or this
+        store is the sole one and has room.
+
+        Raises:
+            ValueError: the record's data does not match its dtype and shape.
+        """
+        kept = self._memory.put(key, embedding, len(embedding.data))
+        stored = self._redis is not None and await self._redis.put(key, embedding)
+        return stored or (self._sole and kept)
+
+    async def get_identity(self, alias: str) -> PixelIdentity | None:
+        """What a file known under `alias` shows."""
+        held = self._memory.get(alias)
+        if isinstance(held, PixelIdentity):
+            self._tell("hit", _IDENTITY_BYTES)
+            return held
+        self._tell("miss")
+        if self._redis is None:
+            return None
+        identity = await self._redis.get_identity(alias)
+        if identity is not None:
+            self._memory.put(alias, identity, _IDENTITY_BYTES)
+        return identity
+
+    async def put_identity(self, alias: str, identity: PixelIdentity) -> None:
+        """Remember what a file shows.
+
+        Raises:
+            ValueError: the digest is not 32 bytes.
+        """
+        self._memory.put(alias, identity, _IDENTITY_BYTES)
+        if self._redis is not None:
+            await self._redis.put_identity(alias, identity)
+
+    def _tell(self, outcome: str, num_bytes: int = 0) -> None:
+        self._observer.emit(CacheAsked(TIER, outcome, num_bytes))
+
+    def check_integrity(self) -> None:
+        """Assert that every tier's books are right and that no lease, wait or exchange is open. Call when idle."""
+        self._memory.check_integrity()
+        self._flights.check_integrity()
+        if self._redis is not None:
+            self._redis.check_integrity()
+
+    async def aclose(self) -> None:
+        """Abandon what is under way, end every task, close every connection."""
+        await self._flights.aclose()
+        if self._redis is not None:
+            await self._redis.aclose()
+
+
+def open_store(
+    config: CacheConfig, *, secret: bytes, observer: Observer, clock: Clock, sole: bool = False
+) -> TieredStore:
+    """The store a configuration describes. `secret` is the one given to KeyRing.
+
+    Raises:
+        ConfigError: the secret is too short, or `redis_url` cannot be used.
+    """
+    redis = None
+    if config.redis_url is not None:
+        redis = RedisTier(
+            config.redis_url,
+            codec=Codec(secret),
+            observer=observer,
+            clock=clock,
+            timeout_s=config.timeout_s,
+            ttl_s=config.ttl_s,
+            breaker_failures=config.breaker_failures,
+            breaker_open_s=config.breaker_open_s,
+        )
+    return TieredStore(MemoryTier(config.memory_bytes), redis, config, observer, sole=sole)

@@ -1,0 +1,1 @@
+"""Pictures to vectors: the vision tower and resampler behind a queue."""

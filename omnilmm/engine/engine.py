@@ -1,0 +1,209 @@
+"""The engine: submit calls, take steps, receive tokens. Single-threaded; `loop` gives it a thread.
+
+A step is choose, run, commit: the scheduler decides on paper, the runner computes, and here the books are brought
+up to date and the news is told.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from omnilmm.config import EngineConfig
+from omnilmm.engine.admission import check_call
+from omnilmm.engine.plan import Drawn, Needs, Plan, Row, StepResult
+from omnilmm.engine.scheduler import Scheduler
+from omnilmm.engine.sequence import FINISH_REASONS, Sequence, Status
+from omnilmm.errors import OmniError
+from omnilmm.messages import Embedding, GenerateCall, Prefill, TokenBatch
+from omnilmm.ports import Clock
+
+
+class Runner(Protocol):
+    """What computes a plan; `runner.ModelRunner` is the one with a model."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def run(self, plan: Plan) -> StepResult: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """A submitted call's name from now on, and the keys of pictures whose vectors must be supplied."""
+
+    sequence_id: int
+    missing: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """A sequence's next token, and the last news of it if `batch.finish` is set."""
+
+    sequence_id: int
+    batch: TokenBatch
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The last news of a sequence that could not be computed. The others of its step are unharmed."""
+
+    sequence_id: int
+    error: OmniError
+
+
+Output = Tokens | Needs | Failed
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot. Totals are counted since the start; `cached_tokens` of the `prompt_tokens` were found in the pool."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    blocks_used: int = 0
+    blocks_total: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    num_preemptions: int = 0
+    num_steps: int = 0
+    last_step_sequences: int = 0
+    last_step_tokens: int = 0
+
+
+class Engine:
+    """Sequences by id, and the three collaborators of a step."""
+
+    def __init__(self, runner: Runner, config: EngineConfig, *, clock: Clock = time) -> None:
+        self._runner = runner
+        self._config = config
+        self._clock = clock
+        self._scheduler = Scheduler(config, clock)
+        self._sequences: dict[int, Sequence] = {}
+        self._next_id = 0
+        self._news: list[Output] = []  # told with the next step
+        self._is_stalled = False  # the last plan was empty, and nothing has happened since
+        self._last_plan = Plan()
+        self._num_steps = self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
+
+    # -- calls ----------------------------------------------------------------------------------------
+
+    def submit(self, call: GenerateCall) -> Ticket:
+        """Take a call in.
+
+        Raises:
+            ContextLengthExceeded: it could not fit, even alone.
+            InvalidRequest: a field of the call is impossible.
+            Overloaded: too many calls of its class are waiting.
+        """
+        check_call(call, self._config, vocab_size=self._runner.vocab_size)
+        sequence = Sequence(
+            self._next_id, call, block_size=self._config.block_size, submitted_at=self._clock.monotonic()
+        )
+        self._next_id += 1
+        if sequence.status.is_finished:  # everything was emitted elsewhere; only the ending is left to tell
+            prefill = Prefill(num_prompt_tokens=sequence.num_prompt, num_cached_tokens=0, kv_images=(), queue_s=0.0)
+            batch = TokenBatch(prefill=prefill, finish=FINISH_REASONS[sequence.status])
+            self._news.append(Tokens(sequence.id, batch))
+            return Ticket(sequence.id, ())
+        self._scheduler.submit(sequence)
+        self._sequences[sequence.id] = sequence
+        self._is_stalled = False
+        return Ticket(sequence.id, self._scheduler.take_unasked(sequence))
+
+    def supply(self, sequence_id: int, key: str, embedding: Embedding) -> None:
+        """Hand over vectors that were asked for. A sequence that has ended meanwhile does not mind."""
+        if sequence := self._sequences.get(sequence_id):
+            sequence.pictures.supply(key, embedding)
+            self._is_stalled = False
+
+    def abort(self, sequence_id: int) -> None:
+        """Forget a sequence and free its blocks, now. One that has ended already is not missed."""
+        if sequence := self._sequences.get(sequence_id):
+            self._end(sequence, Status.ABORTED)
+            self._is_stalled = False
+
+    # -- steps ----------------------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step could do anything. If not, nothing changes before the next submit, supply or abort."""
+        return bool(self._news) or (bool(self._sequences) and not self._is_stalled)
+
+    @property
+    def is_empty(self) -> bool:
+        """No sequence is left, and no news of one."""
+        return not self._sequences and not self._news
+
+    def step(self) -> list[Output]:
+        """Compute some of what is owed, and tell what came of it."""
+        plan = self._scheduler.choose()
+        result = self._runner.run(plan)
+        return self._commit(plan, result)
+
+    def _commit(self, plan: Plan, result: StepResult) -> list[Output]:
+        outputs, self._news = [*self._news, *plan.needs], []
+        for row in plan.rows:
+            outputs.extend(self._settle(row, result))
+        self._is_stalled = not plan.rows
+        if plan.rows:
+            self._num_steps += 1
+            self._last_plan = plan
+        return outputs
+
+    def _settle(self, row: Row, result: StepResult) -> Iterator[Output]:
+        sequence = self._sequences[row.sequence_id]
+        if error := result.failures.get(sequence.id):
+            self._end(sequence, Status.FAILED)
+            yield Failed(sequence.id, error)
+            return
+        self._scheduler.advance(sequence, row.num_tokens)
+        if drawn := result.drawn.get(sequence.id):
+            yield Tokens(sequence.id, self._append(sequence, drawn))
+
+    def _append(self, sequence: Sequence, drawn: Drawn) -> TokenBatch:
+        sequence.append(drawn.id)
+        self._scheduler.charge_output(sequence)
+        self._generated_tokens += 1
+        if sequence.status.is_finished:
+            self._end(sequence, sequence.status)
+        if prefill := sequence.take_prefill():
+            self._prompt_tokens += prefill.num_prompt_tokens
+            self._cached_tokens += prefill.num_cached_tokens
+        return TokenBatch(
+            ids=(drawn.id,),
+            logprobs=() if drawn.logprob is None else (drawn.logprob,),
+            prefill=prefill,
+            finish=FINISH_REASONS.get(sequence.status),
+        )
+
+    def _end(self, sequence: Sequence, status: Status) -> None:
+        self._scheduler.release(sequence, status)
+        del self._sequences[sequence.id]
+
+    # -- books ----------------------------------------------------------------------------------------
+
+    def stats(self) -> EngineStats:
+        blocks = self._scheduler.blocks
+        return EngineStats(
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting,
+            blocks_used=blocks.num_held,
+            blocks_total=blocks.num_blocks,
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
+            generated_tokens=self._generated_tokens,
+            num_preemptions=self._scheduler.num_preemptions,
+            num_steps=self._num_steps,
+            last_step_sequences=len(self._last_plan.rows),
+            last_step_tokens=self._last_plan.num_tokens,
+        )
+
+    def check_integrity(self) -> None:
+        """AssertionError if sequences, queues and blocks do not add up."""
+        self._scheduler.check_integrity()
+        num_known = self._scheduler.num_running + self._scheduler.num_waiting
+        assert num_known == len(self._sequences), "the scheduler has lost or kept a sequence"

@@ -1,0 +1,67 @@
+"""Sequences of one priority class that wait for room, and whose turn it is.
+
+The virtual token counter of Sheng et al., "Fairness in serving large language models" (OSDI 2024): every tenant has
+a counter of the work done for it, divided by its weight, and the tenant with the lowest counter goes first. A tenant
+that comes back after a pause is lifted to the level of those who wait, so that idleness earns no credit.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterator
+
+from omnilmm.engine.sequence import Sequence
+
+PROMPT_COST = 1.0
+OUTPUT_COST = 2.0
+"""Per token, as in the paper: a generated token takes a step of its own, prompt tokens share one."""
+
+
+class FairQueue:
+    """Order of submission within a tenant, fairness between tenants."""
+
+    def __init__(self) -> None:
+        self._lines: dict[str, list[Sequence]] = {}  # by tenant, in order of id; no line is empty
+        self._counters: dict[str, float] = {}  # one float per tenant ever seen; tenants are the operator's to create
+        self._last_tenant: str | None = None  # whose line was the last to end
+
+    def __len__(self) -> int:
+        return sum(len(line) for line in self._lines.values())
+
+    def push(self, sequence: Sequence) -> None:
+        """Add a sequence at the place its id gives it: a preempted one comes before those submitted after it."""
+        tenant = sequence.call.tenant
+        if tenant not in self._lines:
+            self._counters[tenant] = max(self._counters.get(tenant, 0.0), self._floor())
+            self._lines[tenant] = []
+        insort(self._lines[tenant], sequence, key=lambda waiting: waiting.id)
+
+    def remove(self, sequence: Sequence) -> None:
+        tenant = sequence.call.tenant
+        self._lines[tenant].remove(sequence)
+        if not self._lines[tenant]:
+            del self._lines[tenant]
+            self._last_tenant = tenant
+
+    def in_turn(self) -> Iterator[Sequence]:
+        """All sequences, those of the least served tenant first. Not to be changed meanwhile."""
+        for tenant in sorted(self._lines, key=lambda tenant: (self._counters[tenant], self._lines[tenant][0].id)):
+            yield from self._lines[tenant]
+
+    def charge(self, sequence: Sequence, *, prompt: int = 0, output: int = 0) -> None:
+        """Note that this many tokens are being computed or were drawn for a sequence's tenant."""
+        cost = PROMPT_COST * prompt + OUTPUT_COST * output
+        self._counters[sequence.call.tenant] += cost / sequence.call.weight
+
+    def _floor(self) -> float:
+        """What a tenant that begins to wait is lifted to."""
+        last = 0.0 if self._last_tenant is None else self._counters[self._last_tenant]
+        return min((self._counters[tenant] for tenant in self._lines), default=last)
+
+    def check_integrity(self) -> None:
+        """AssertionError if a line is empty, out of order, or unknown to the counters."""
+        for tenant, line in self._lines.items():
+            ids = [sequence.id for sequence in line]
+            assert ids, "an empty line was kept"
+            assert ids == sorted(set(ids)), "a line is out of order"
+            assert tenant in self._counters, "a tenant waits without a counter"

@@ -1,0 +1,349 @@
+"""The owner of the engine: one thread that takes steps while there is work and sleeps while there is none.
+
+Nothing else touches the engine. Event loops reach it by messages in an inbox, read before every step, and it reaches
+them by calls scheduled on them. So a step never waits for a reader, and a reader's leaving is known within a step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from omnilmm.engine.engine import Engine, EngineStats, Failed, Output, Tokens
+from omnilmm.engine.plan import Needs
+from omnilmm.engine.stream import Ending, TokenStream
+from omnilmm.errors import DeadlineExceeded, OmniError, Overloaded, ReplicaLost
+from omnilmm.messages import Embedding, GenerateCall, TokenBatch
+from omnilmm.observe import Observer, PrefillDone, Silent, StepRun
+from omnilmm.ports import Clock
+
+logger = logging.getLogger(__name__)
+
+Fetch = Callable[[str], Awaitable[Embedding | None]]
+"""Finds the vectors under a key wherever they may be; None if they are nowhere."""
+
+
+@dataclass(eq=False, slots=True)
+class _Request:
+    """A call between its reader, on an event loop, and its sequence, on the thread."""
+
+    call: GenerateCall
+    fetch: Fetch
+    stream: TokenStream
+    sequence_id: int = -1  # written and read by the thread only
+    fetching: set[asyncio.Task[None]] = field(default_factory=set)  # the event loop's
+    is_closed: bool = False  # the event loop's: the reader has left
+
+
+@dataclass(frozen=True, slots=True)
+class _Submit:
+    request: _Request
+
+
+@dataclass(frozen=True, slots=True)
+class _Supply:
+    request: _Request
+    key: str
+    embedding: Embedding
+
+
+@dataclass(frozen=True, slots=True)
+class _Abort:
+    request: _Request
+
+
+@dataclass(frozen=True, slots=True)
+class _Drain:
+    done: asyncio.Future[None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Stop:
+    pass
+
+
+_Message = _Submit | _Supply | _Abort | _Drain | _Stop
+
+
+class EngineLoop:
+    """Streams over an engine. Its coroutines may be awaited on any event loop.
+
+    Args:
+        engine: from `start` to `stop` it belongs to the thread.
+        flush_interval_s, max_batch_tokens: how tokens are bundled, see `stream`.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        observer: Observer | None = None,
+        clock: Clock = time,
+        flush_interval_s: float = 0.03,
+        max_batch_tokens: int = 8,
+    ) -> None:
+        self._engine = engine
+        self._observer = observer or Silent()
+        self._clock = clock
+        self._flush_interval_s = flush_interval_s
+        self._max_batch_tokens = max_batch_tokens
+        self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
+        self._gate = threading.Lock()  # between a message coming in and the thread's end
+        self._is_open = False
+        self._thread: threading.Thread | None = None
+        self._stats = engine.stats()
+        # The thread's own:
+        self._requests: dict[int, _Request] = {}
+        self._draining: list[_Drain] = []
+        self._is_draining = False
+
+    # -- from outside ---------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Begin to serve."""
+        assert self._thread is None, "started twice"
+        self._is_open = True
+        self._thread = threading.Thread(target=self._run, name="decode-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_healthy(self) -> bool:
+        """It serves: started, not stopped, and no step has crashed."""
+        return self._is_open
+
+    def stats(self) -> EngineStats:
+        """The engine's numbers after its latest step or message."""
+        return self._stats
+
+    async def generate(self, call: GenerateCall, *, fetch: Fetch) -> AsyncIterator[TokenBatch]:
+        """Stream a call's tokens. Closing the iterator, or being cancelled in it, frees the sequence within a step.
+
+        `fetch` is asked for those pictures only whose vectors neither came along nor are needless because the KV
+        prefix holds them, each at most once. If it finds one nowhere, the stream ends with a batch that names it.
+
+        Raises:
+            InvalidRequest, ContextLengthExceeded: the call is impossible.
+            Overloaded: too many calls wait, or the loop is draining.
+            DeadlineExceeded: `call.timeout_s` has passed.
+            ReplicaLost: the loop was stopped.
+            OmniError: this sequence, or the engine, has failed.
+        """
+        stream = TokenStream(flush_interval_s=self._flush_interval_s, max_batch_tokens=self._max_batch_tokens)
+        request = _Request(call, fetch, stream)
+        self._post(_Submit(request))
+        late = DeadlineExceeded("The answer could not be completed in time.")
+        deadline = stream.event_loop.call_later(call.timeout_s, self._cut_short, request, late)
+        try:
+            while (batch := await stream.take()) is not None:
+                yield batch
+        finally:
+            request.is_closed = True
+            deadline.cancel()
+            for task in request.fetching:
+                task.cancel()
+            if not stream.has_ended:
+                self._try_post(_Abort(request))
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuse new calls, and wait for the accepted ones to finish: whether they did in time."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        if not self._try_post(_Drain(done)):
+            return True
+        try:
+            async with asyncio.timeout(timeout_s):
+                await done
+        except TimeoutError:
+            return False
+        return True
+
+    def stop(self) -> None:
+        """End open streams with ReplicaLost, free everything, and join the thread."""
+        if self._thread is not None:
+            self._try_post(_Stop())
+            self._thread.join()
+            self._thread = None
+
+    def _post(self, message: _Message) -> None:
+        if not self._try_post(message):
+            raise ReplicaLost("The decode replica has stopped.")
+
+    def _try_post(self, message: _Message) -> bool:
+        """False if the thread will not read it."""
+        with self._gate:
+            if self._is_open:
+                self._inbox.put(message)
+            return self._is_open
+
+    # -- on the event loop of a request ---------------------------------------------------------------
+
+    def _receive(self, news: Iterable[tuple[_Request, Output]]) -> None:
+        for request, output in news:
+            match output:
+                case Tokens():
+                    request.stream.push(output.batch)
+                case Failed():
+                    request.stream.end(output.error)
+                case Needs() if not request.is_closed:
+                    task = request.stream.event_loop.create_task(self._fetch(request, output.keys))
+                    request.fetching.add(task)
+                    task.add_done_callback(request.fetching.discard)
+
+    async def _fetch(self, request: _Request, keys: Sequence[str]) -> None:
+        """Fetch vectors side by side, each going to the engine as it comes."""
+
+        async def fetch_one(key: str) -> bool:
+            embedding = await request.fetch(key)
+            if embedding is not None:
+                self._try_post(_Supply(request, key, embedding))
+            return embedding is not None
+
+        outcomes = await asyncio.gather(*map(fetch_one, keys), return_exceptions=True)
+        missing = tuple(key for key, outcome in zip(keys, outcomes, strict=True) if outcome is not True)
+        if errors := [outcome for outcome in outcomes if isinstance(outcome, Exception)]:
+            self._cut_short(request, errors[0])
+        elif missing:
+            self._cut_short(request, TokenBatch(missing=missing))
+
+    def _cut_short(self, request: _Request, ending: Ending) -> None:
+        request.stream.end(ending)
+        self._try_post(_Abort(request))
+
+    # -- on the thread --------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        ending: OmniError = ReplicaLost("The decode replica has stopped.")
+        try:
+            while self._take_messages():
+                self._step()
+            for sequence_id in self._requests:
+                self._engine.abort(sequence_id)  # whoever stops it finds every block free
+        except Exception:
+            logger.exception("the engine has crashed")
+            ending = OmniError("the engine has crashed")
+        finally:
+            self._close(ending)
+
+    def _take_messages(self) -> bool:
+        """Read the inbox, waiting in it for as long as the engine has nothing to do. False when told to stop."""
+        while True:
+            has_work = self._engine.has_work
+            if not has_work:
+                self._rest()
+            try:
+                message = self._inbox.get(block=not has_work)
+            except queue.Empty:
+                return True
+            if isinstance(message, _Stop):
+                return False
+            self._handle(message)
+
+    def _rest(self) -> None:
+        """Nothing can be computed at the moment."""
+        self._stats = self._engine.stats()
+        if self._engine.is_empty:
+            self._engine.check_integrity()
+            self._finish_draining()
+
+    def _handle(self, message: _Submit | _Supply | _Abort | _Drain) -> None:
+        match message:
+            case _Submit(request):
+                self._submit(request)
+            case _Supply(request, key, embedding):
+                self._engine.supply(request.sequence_id, key, embedding)
+            case _Abort(request):
+                self._abort(request)
+            case _Drain():
+                self._is_draining = True
+                self._draining.append(message)
+
+    def _submit(self, request: _Request) -> None:
+        try:
+            if self._is_draining:
+                raise Overloaded("The decode replica is about to stop.", retry_after=1.0)
+            ticket = self._engine.submit(request.call)
+        except OmniError as error:
+            self._tell([(request, Failed(-1, error))])
+            return
+        request.sequence_id = ticket.sequence_id
+        self._requests[ticket.sequence_id] = request
+        if ticket.missing:
+            self._tell([(request, Needs(ticket.sequence_id, ticket.missing))])
+
+    def _step(self) -> None:
+        begun = self._clock.monotonic()
+        outputs = self._engine.step()
+        seconds = self._clock.monotonic() - begun
+        # A sequence aborted after its last news was written has no request any more.
+        known = [output for output in outputs if output.sequence_id in self._requests]
+        self._tell([(self._requests[output.sequence_id], output) for output in known])
+        for output in known:
+            if isinstance(output, Failed) or (isinstance(output, Tokens) and output.batch.finish is not None):
+                self._requests.pop(output.sequence_id, None)
+        self._observe(outputs, seconds)
+
+    def _observe(self, outputs: Sequence[Output], seconds: float) -> None:
+        before, self._stats = self._stats, self._engine.stats()
+        now = self._stats
+        if now.num_steps > before.num_steps:
+            self._observer.emit(
+                StepRun(
+                    num_sequences=now.last_step_sequences,
+                    num_tokens=now.last_step_tokens,
+                    seconds=seconds,
+                    blocks_used=now.blocks_used,
+                    blocks_total=now.blocks_total,
+                    num_waiting=now.num_waiting,
+                )
+            )
+        for output in outputs:
+            if isinstance(output, Tokens) and (prefill := output.batch.prefill):
+                self._observer.emit(PrefillDone(prefill.queue_s, prefill.num_prompt_tokens, prefill.num_cached_tokens))
+
+    def _tell(self, news: Sequence[tuple[_Request, Output]]) -> None:
+        """Hand news to the event loops they belong to, in one call each."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Request, Output]]] = {}
+        for request, output in news:
+            by_loop.setdefault(request.stream.event_loop, []).append((request, output))
+        for event_loop, share in by_loop.items():
+            try:
+                event_loop.call_soon_threadsafe(self._receive, share)
+            except RuntimeError:  # the event loop was closed, and its readers with it
+                for request, _ in share:
+                    self._abort(request)
+
+    def _abort(self, request: _Request) -> None:
+        self._engine.abort(request.sequence_id)
+        self._requests.pop(request.sequence_id, None)
+
+    def _finish_draining(self) -> None:
+        for drain in self._draining:
+            with suppress(RuntimeError):  # whoever waited has closed its event loop
+                drain.done.get_loop().call_soon_threadsafe(_resolve, drain.done)
+        self._draining.clear()
+
+    def _close(self, ending: OmniError) -> None:
+        """Let no message in any more, and answer everyone who still expects something."""
+        with self._gate:
+            self._is_open = False
+        with suppress(queue.Empty):
+            while True:
+                match self._inbox.get_nowait():
+                    case _Submit(request):
+                        self._tell([(request, Failed(request.sequence_id, ending))])
+                    case _Drain() as drain:
+                        self._draining.append(drain)
+        self._tell([(request, Failed(request.sequence_id, ending)) for request in self._requests.values()])
+        self._requests.clear()
+        self._stats = self._engine.stats()
+        self._finish_draining()
+
+
+def _resolve(done: asyncio.Future[None]) -> None:
+    if not done.done():
+        done.set_result(None)

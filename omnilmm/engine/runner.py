@@ -1,0 +1,113 @@
+"""The only one that touches the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from omnilmm.config import EngineConfig
+from omnilmm.engine.batch import AttendFactory, Batch, GatheredAttend, build_batch
+from omnilmm.engine.kv import PagedKV
+from omnilmm.engine.plan import Drawn, PictureSlice, Plan, StepResult
+from omnilmm.engine.sampling import draw_tokens
+from omnilmm.errors import ConfigError, OmniError
+from omnilmm.models.decoder import LanguageModel
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class ModelRunner:
+    """Computes plans with a model, and owns its KV pool.
+
+    It remembers nothing of any sequence but the keys and values in the pool's slots, so a plan is all it needs.
+    """
+
+    def __init__(
+        self, model: LanguageModel, config: EngineConfig, *, attend_factory: AttendFactory = GatheredAttend
+    ) -> None:
+        if config.max_context > model.config.max_context:
+            raise ConfigError(f"max_context is {config.max_context}, but the model has {model.config.max_context}")
+        parameter = next(model.parameters())
+        self._model = model
+        self._device, self._dtype = parameter.device, parameter.dtype
+        self._attend_factory = attend_factory
+        self._kv = PagedKV(config, model.config, dtype=self._dtype, device=self._device)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._model.config.vocab_size
+
+    @torch.inference_mode()
+    def run(self, plan: Plan) -> StepResult:
+        """Compute a plan's rows and draw where one ends its sequence.
+
+        A row with unfit picture vectors is left out, and one whose numbers come out not finite is not drawn from:
+        both are in the result's failures, and the other rows are as they would be without them.
+        """
+        vectors, failures = self._read_pictures(plan)
+        rows = [row for row in plan.rows if row.sequence_id not in failures]
+        if not rows:
+            return StepResult(failures=failures)
+        batch = build_batch(rows, block_size=self._kv.block_size, device=self._device)
+        hidden = self._forward(batch, vectors)  # (num_rows, hidden)
+        logits = self._model.logits(hidden[batch.drawing])  # (num_drawing, vocab) float32
+        is_fit = _is_finite(hidden)
+        is_fit[batch.drawing] &= _is_finite(logits)
+        for row, fit in zip(batch.rows, is_fit.tolist(), strict=True):
+            if not fit:
+                failures[row.sequence_id] = OmniError("the model produced a number that is not finite")
+        return StepResult(self._draw(batch, logits, failures), failures)
+
+    def _read_pictures(self, plan: Plan) -> tuple[dict[int, list[Tensor]], dict[int, OmniError]]:
+        """Vectors of each row's pictures by sequence, or what is wrong with them."""
+        vectors: dict[int, list[Tensor]] = {}
+        failures: dict[int, OmniError] = {}
+        for row in plan.rows:
+            try:
+                vectors[row.sequence_id] = [self._read_vectors(picture) for picture in row.pictures]
+            except OmniError as error:
+                failures[row.sequence_id] = error
+        return vectors, failures
+
+    def _read_vectors(self, picture: PictureSlice) -> Tensor:
+        """(picture.count, hidden) in the model's dtype. The embedding came from another process: nothing is assumed."""
+        embedding = picture.embedding
+        shape = (picture.length, self._model.config.hidden)
+        dtype = _DTYPES.get(embedding.dtype)
+        if dtype is None:
+            raise OmniError("an embedding has a number type we do not know")
+        if embedding.shape != shape or len(embedding.data) != shape[0] * shape[1] * dtype.itemsize:
+            raise OmniError("an embedding has another shape than its place in the prompt")
+        vectors = torch.frombuffer(bytearray(embedding.data), dtype=dtype).view(shape)
+        if not vectors.isfinite().all():
+            raise OmniError("an embedding has a number that is not finite")
+        wanted = vectors[picture.first : picture.first + picture.count]
+        return wanted.to(self._device, self._dtype)
+
+    def _forward(self, batch: Batch, vectors: Mapping[int, Sequence[Tensor]]) -> Tensor:
+        """Hidden state of each row's last token, (num_rows, hidden); keys and values of all tokens go to the pool."""
+        embeds = self._model.embed(batch.ids)  # (T, hidden)
+        for row, first in zip(batch.rows, batch.firsts, strict=True):
+            for picture, rows in zip(row.pictures, vectors[row.sequence_id], strict=True):
+                begin = first + picture.offset
+                embeds[begin : begin + picture.count] = rows
+        attend = self._attend_factory(batch, self._kv)
+        return self._model(embeds, batch.positions, attend)[batch.lasts]
+
+    def _draw(self, batch: Batch, logits: Tensor, failures: Mapping[int, OmniError]) -> dict[int, Drawn]:
+        """Draw for the rows that end their sequence and did not fail."""
+        drawing = [row for row in batch.rows if row.draw is not None]
+        fit = [index for index, row in enumerate(drawing) if row.sequence_id not in failures]
+        if len(fit) < len(drawing):
+            drawing, logits = [drawing[index] for index in fit], logits[fit]
+        if not drawing:
+            return {}
+        drawn = draw_tokens(logits, [row.draw for row in drawing if row.draw is not None])
+        return {row.sequence_id: token for row, token in zip(drawing, drawn, strict=True)}
+
+
+def _is_finite(rows: Tensor) -> Tensor:
+    """(N,) bool for rows (N, width). A sum is finite only if all its terms are, and is read in one pass."""
+    return rows.float().sum(dim=-1).isfinite()

@@ -1,0 +1,238 @@
+"""Who is paid in the next step.
+
+Every sequence owes tokens, and a step pays some of them within `max_step_tokens`. Decode and prefill are not modes:
+a sequence that owes one token is about to decode, one that owes many is prefilling. Per priority class, the order is
+decodes, then chunks of prompts that have begun, then sequences from the queue, fairest tenant first. ONLINE has all
+of its turn before BATCH has any, and pushes BATCH out where room is short.
+
+A running sequence holds blocks for all its tokens. When there is none for the next, the lowest in rank gives up its
+own and waits; it computes them again later (or finds them in the prefix cache) and goes on with the same tokens.
+"""
+
+from __future__ import annotations
+
+import math
+
+from omnilmm.config import EngineConfig
+from omnilmm.engine.blocks import BlockManager
+from omnilmm.engine.fair_queue import FairQueue
+from omnilmm.engine.plan import Needs, Plan, Row
+from omnilmm.engine.sequence import Sequence, Status
+from omnilmm.errors import Overloaded
+from omnilmm.messages import Priority
+from omnilmm.ports import Clock
+
+RETRY_AFTER_S = 1.0
+"""A queue that is full now has moved by then; the caller's retry budget bounds the rest."""
+
+Rank = tuple[Priority, bool, float]
+"""Class, whether it is stuck behind a missing picture, submission: the highest rank gives way first."""
+
+
+class _Draft:
+    """A plan in the making."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget  # tokens the step may still compute
+        self._rows: dict[int, Row] = {}
+
+    def __contains__(self, sequence: Sequence) -> bool:
+        return sequence.id in self._rows
+
+    def pay(self, sequence: Sequence) -> None:
+        """Compute as much of what the sequence owes as is ready and the budget allows."""
+        row = sequence.row(min(sequence.num_payable, self.budget))
+        self._rows[sequence.id] = row
+        self.budget -= row.num_tokens
+
+    def rows(self) -> tuple[Row, ...]:
+        return tuple(self._rows.values())
+
+
+class Scheduler:
+    """Owns the queues, the running set and the blocks."""
+
+    def __init__(self, config: EngineConfig, clock: Clock) -> None:
+        self.blocks = BlockManager(config.num_blocks, config.block_size)
+        self.num_preemptions = 0
+        self._config = config
+        self._clock = clock
+        self._queues = {priority: FairQueue() for priority in Priority}
+        self._running: dict[int, Sequence] = {}
+        self._needs: list[Needs] = []  # found while choosing, for the plan being made
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(len(queue) for queue in self._queues.values())
+
+    # -- in and out -----------------------------------------------------------------------------------
+
+    def submit(self, sequence: Sequence) -> None:
+        """Queue a new sequence, which must fit into the pool when alone.
+
+        Raises:
+            Overloaded: `max_waiting` sequences of its class wait already.
+        """
+        queue = self._queues[sequence.priority]
+        if len(queue) >= self._config.max_waiting:
+            raise Overloaded("The decode queue is full.", retry_after=RETRY_AFTER_S)
+        queue.push(sequence)
+
+    def release(self, sequence: Sequence, status: Status) -> None:
+        """Take a sequence out, wherever it is, and free what it holds.
+
+        After a failure nobody else may find its blocks: what is in them may be the cause.
+        """
+        if self._running.pop(sequence.id, None) is None:
+            self._queues[sequence.priority].remove(sequence)
+        block_ids = sequence.stop(status)
+        if status is Status.FAILED:
+            self.blocks.forget(block_ids)
+        self.blocks.release_blocks(block_ids)
+
+    def take_unasked(self, sequence: Sequence) -> tuple[str, ...]:
+        """Keys of the pictures that neither came along nor are in the prefix cache, each told once."""
+        return sequence.pictures.take_unasked(len(self._find_prefix(sequence)) * self.blocks.block_size)
+
+    # -- choose ---------------------------------------------------------------------------------------
+
+    def choose(self) -> Plan:
+        """Decide the next step. Sequences are started, given blocks and preempted here, but nothing is computed."""
+        draft = _Draft(self._config.max_step_tokens)
+        may_start = True
+        for priority in Priority:
+            running = [sequence for sequence in self._in_rank() if sequence.priority is priority]
+            for sequence in running:
+                if sequence.num_owed == 1:
+                    self._pay_running(sequence, draft)
+            for sequence in running:
+                if sequence.num_owed > 1:
+                    self._pay_running(sequence, draft)
+            may_start = may_start and self._start_waiting(priority, draft)
+        needs, self._needs = tuple(self._needs), []
+        return Plan(rows=draft.rows(), needs=needs)
+
+    def _pay_running(self, sequence: Sequence, draft: _Draft) -> None:
+        # An earlier one in the same draft may have pushed it out.
+        is_running = sequence.status is Status.RUNNING
+        if is_running and draft.budget and sequence.num_payable and self._try_grow(sequence, draft):
+            draft.pay(sequence)
+
+    def _try_grow(self, sequence: Sequence, draft: _Draft) -> bool:
+        """Give a running sequence the blocks its newest tokens need, taking them from those of higher rank.
+
+        False if there are none left: the sequence sits this step out, holding what it has. The lowest in rank
+        never meets this, so somebody always moves.
+        """
+        needed = self.blocks.num_blocks_for(sequence.num_tokens) - len(sequence.block_ids)
+        while not self.blocks.can_take(needed):
+            victim = self._find_victim(draft, above=_rank(sequence))
+            if victim is None:
+                return False
+            self._preempt(victim)
+        sequence.block_ids.extend(self.blocks.take_blocks(needed))
+        return True
+
+    def _start_waiting(self, priority: Priority, draft: _Draft) -> bool:
+        """Start sequences of a class in turn. False if the next one found no room: then no lower class may start."""
+        while draft.budget:
+            sequence = self._next_startable(priority)
+            if sequence is None:
+                return True
+            if not self._try_start(sequence, draft):
+                return False
+            draft.pay(sequence)
+        return True
+
+    def _next_startable(self, priority: Priority) -> Sequence | None:
+        """The first in turn with something to pay. One that lacks its very next picture lets the others pass."""
+        for sequence in self._queues[priority].in_turn():
+            num_cached = len(self._find_prefix(sequence)) * self.blocks.block_size
+            if keys := sequence.pictures.take_unasked(num_cached):
+                self._needs.append(Needs(sequence.id, keys))  # its prefix has been given away since it was submitted
+            if sequence.ready_after(num_cached) > num_cached:
+                return sequence
+        return None
+
+    def _try_start(self, sequence: Sequence, draft: _Draft) -> bool:
+        """Give a waiting sequence a seat and blocks for all its tokens, if there is or can be made room.
+
+        Room is taken from lower classes, and within the class from sequences stuck behind a missing picture,
+        unless this one is about to be stuck itself.
+        """
+        prefix = self._find_prefix(sequence)
+        num_cached = len(prefix) * self.blocks.block_size
+        needed = self.blocks.num_blocks_for(sequence.num_tokens) - len(prefix)
+        rank = (sequence.priority, sequence.ready_after(num_cached) < sequence.num_tokens, math.inf)
+        while self.num_running == self._config.max_sequences or not self.blocks.can_take(needed, beside=prefix):
+            victim = self._find_victim(draft, above=rank)
+            if victim is None:
+                return False
+            self._preempt(victim)
+        queue = self._queues[sequence.priority]
+        queue.remove(sequence)
+        if not sequence.has_started:  # what preemption makes us compute again is not the tenant's doing
+            queue.charge(sequence, prompt=sequence.num_tokens - num_cached)
+        self.blocks.share_blocks(prefix)
+        sequence.start(prefix + self.blocks.take_blocks(needed), num_cached, now=self._clock.monotonic())
+        self._running[sequence.id] = sequence
+        return True
+
+    def _find_prefix(self, sequence: Sequence) -> list[int]:
+        """Blocks of the pool that hold the beginning of a sequence; its last token is always left to compute."""
+        num_blocks = (sequence.num_tokens - 1) // self.blocks.block_size
+        return self.blocks.find_prefix(sequence.digests(num_blocks))
+
+    def _in_rank(self) -> list[Sequence]:
+        return sorted(self._running.values(), key=_rank)
+
+    def _find_victim(self, draft: _Draft, *, above: Rank) -> Sequence | None:
+        """The running sequence of the highest rank, if it is above the given one and not in the draft."""
+        victim = max((other for other in self._running.values() if other not in draft), key=_rank, default=None)
+        return victim if victim is not None and _rank(victim) > above else None
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.num_preemptions += 1
+        del self._running[sequence.id]
+        self.blocks.release_blocks(sequence.stop(Status.WAITING))
+        self._queues[sequence.priority].push(sequence)
+
+    # -- commit ---------------------------------------------------------------------------------------
+
+    def advance(self, sequence: Sequence, num_tokens: int) -> None:
+        """These tokens were computed: whoever shares the prefix may use the blocks they filled."""
+        size = self.blocks.block_size
+        first_filled = sequence.num_computed // size
+        sequence.num_computed += num_tokens
+        num_filled = sequence.num_computed // size
+        digests = sequence.digests(num_filled)
+        for block in range(first_filled, num_filled):
+            self.blocks.publish(sequence.block_ids[block], digests[block])
+
+    def charge_output(self, sequence: Sequence) -> None:
+        """A token was drawn for the sequence's tenant."""
+        self._queues[sequence.priority].charge(sequence, output=1)
+
+    def check_integrity(self) -> None:
+        """Compare queues, seats and blocks with one another. AssertionError if the books are wrong."""
+        self.blocks.check_integrity(sequence.block_ids for sequence in self._running.values())
+        assert len(self._running) <= self._config.max_sequences, "more sequences run than there are seats"
+        for sequence in self._running.values():
+            num_positions = len(sequence.block_ids) * self.blocks.block_size
+            assert sequence.status is Status.RUNNING, "a sequence has a seat and does not run"
+            assert sequence.num_computed < sequence.num_tokens, "a running sequence owes nothing"
+            assert sequence.num_computed <= num_positions, "tokens were computed outside a sequence's blocks"
+        for queue in self._queues.values():
+            queue.check_integrity()
+            for sequence in queue.in_turn():
+                assert sequence.status is Status.WAITING, "a sequence waits and runs"
+                assert not sequence.block_ids, "a waiting sequence holds blocks"
+                assert sequence.num_computed == 0, "a waiting sequence has computed tokens"
+
+
+def _rank(sequence: Sequence) -> Rank:
+    return (sequence.priority, sequence.num_payable == 0, sequence.id)

@@ -1,0 +1,15 @@
+"""The two OmniLMM families and plain Llama-type models, in our own few modules.
+
+config       what a checkpoint's config.json says, as frozen records
+positions    rotary tables; position grids resampled to another size
+layers       the norm and the two MLPs
+attention    one signature for attention, its backends, and keys and values kept for one sequence
+vision       the ViT of both families
+resampler    64 queries that read a picture
+encoder      vision + resampler: pixels in, vectors out
+decoder      the language model, flat over tokens, blind to where keys live
+beam         beam search as the originals do it
+layout       every stored tensor's place in our parameters, both ways
+checkpoint   folders, hub ids, shards
+weights      filling the models from a checkpoint; the encoder's fingerprint
+"""

@@ -1,0 +1,211 @@
+"""The whole product in one process: the flow over local objects. Library, quickstart, and oracle for the cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from omnilmm.cache.key import KeyRing
+from omnilmm.cache.store import TieredStore, open_store
+from omnilmm.config import CacheConfig, EncoderConfig, EngineConfig, ImageLimits, InputHandling
+from omnilmm.encoder.encode import VisionEncoder
+from omnilmm.encoder.loop import EncoderLoop
+from omnilmm.engine.loop import EngineLoop
+from omnilmm.engine.runner import ModelRunner
+from omnilmm.flow import ChatFlow, ModelCard
+from omnilmm.image.pool import InlinePreparer
+from omnilmm.messages import ChatRequest, Delta, Encoded, Finished, GenerateCall, PreparedImage, TokenBatch
+from omnilmm.models.checkpoint import resolve_checkpoint
+from omnilmm.models.config import ModelConfig, read_model_config
+from omnilmm.models.device import pick_device
+from omnilmm.models.weights import encoder_fingerprint, load_encoder, load_language_model
+from omnilmm.observe import Observer, Silent
+from omnilmm.ports import EmbeddingStore
+from omnilmm.prompt.template import load_template
+
+Progress = Callable[[int, int], None]
+"""Told bytes loaded so far and in all."""
+
+
+class SystemClock:
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+
+class LocalEncoder:
+    """ports.Encoder over an encoder loop in this process. Puts what it makes into the store."""
+
+    def __init__(self, loop: EncoderLoop, store: EmbeddingStore) -> None:
+        self._loop = loop
+        self._store = store
+        self._puts: set[asyncio.Task[bool]] = set()
+
+    async def encode(self, picture: PreparedImage, *, key: str, by_value: bool, timeout_s: float) -> Encoded:
+        begun = time.monotonic()
+        embedding = await self._loop.encode(picture, timeout_s=timeout_s)
+        seconds = time.monotonic() - begun
+        if by_value:  # the caller does not trust the store: do not let it wait for one
+            put = asyncio.get_running_loop().create_task(self._store.put(key, embedding))
+            self._puts.add(put)
+            put.add_done_callback(self._puts.discard)
+            return Encoded(embedding, stored=False, seconds=seconds)
+        stored = await self._store.put(key, embedding)
+        return Encoded(None if stored else embedding, stored=stored, seconds=seconds)
+
+
+class LocalDecoder:
+    """ports.Decoder over an engine loop in this process, which fetches vectors from the store."""
+
+    def __init__(self, loop: EngineLoop, store: EmbeddingStore) -> None:
+        self._loop = loop
+        self._store = store
+
+    def generate(self, call: GenerateCall, *, affinity: str) -> AsyncGenerator[TokenBatch, None]:
+        return self._loop.generate(call, fetch=self._store.get)
+
+
+def read_card(
+    name: str,
+    folder: Path,
+    config: ModelConfig,
+    *,
+    dtype: str,
+    handling: InputHandling,
+    fingerprint: str,
+    max_context: int,
+) -> ModelCard:
+    """What the flow must know of the checkpoint in `folder`; reads its tokenizer but no weights."""
+    return ModelCard(
+        name=name,
+        family=config.family,
+        fingerprint=fingerprint,
+        dtype=dtype,
+        handling=handling,
+        policy=config.image_policy(handling) if config.vision is not None else None,
+        max_context=max_context,
+        template=load_template(config.family, folder, num_image_tokens=config.num_image_tokens),
+    )
+
+
+def open_engine(
+    folder: Path,
+    config: ModelConfig,
+    *,
+    dtype: str,
+    device: str,
+    engine: EngineConfig,
+    observer: Observer,
+    progress: Progress | None = None,
+) -> EngineLoop:
+    """Load the language model and start its engine. The caller stops it."""
+    device = pick_device(device)
+    model = load_language_model(folder, config, dtype=dtype, device=device, progress=progress)
+    loop = EngineLoop(ModelRunner(model, engine), engine, observer=observer)
+    loop.start()
+    return loop
+
+
+@dataclass(slots=True)
+class Pipeline:
+    """One model, loaded. Use as an async context manager, or call `aclose`.
+
+    `flow.answer(request)` streams an answer.
+    """
+
+    card: ModelCard
+    config: ModelConfig
+    folder: Path
+    flow: ChatFlow
+    engine: EngineLoop
+    encoder: EncoderLoop | None
+    store: TieredStore
+
+    @classmethod
+    def load(
+        cls,
+        path_or_hub_id: str,
+        *,
+        name: str | None = None,
+        dtype: str = "bfloat16",
+        device: str = "auto",
+        input_handling: InputHandling = InputHandling.SAFE,
+        engine: EngineConfig | None = None,
+        cache: CacheConfig | None = None,
+        limits: ImageLimits | None = None,
+        observer: Observer | None = None,
+        progress: Progress | None = None,
+    ) -> Pipeline:
+        """Load a checkpoint folder or hub id and start its loops.
+
+        Raises:
+            CheckpointError: what is wrong with the files, by name.
+        """
+        observer = observer or Silent()
+        folder = resolve_checkpoint(path_or_hub_id)
+        config = read_model_config(folder)
+        engine = (engine or EngineConfig()).resolve(max_context=config.max_context)
+        cache = cache or CacheConfig()
+        secret = secrets.token_bytes(32)  # nothing here outlives the process
+        store = open_store(cache, secret=secret, observer=observer, clock=SystemClock(), sole=True)
+        handling = InputHandling(input_handling)
+        fingerprint = encoder_fingerprint(folder, config) if config.vision is not None else ""
+        card = read_card(
+            name or folder.name,
+            folder,
+            config,
+            dtype=dtype,
+            handling=handling,
+            fingerprint=fingerprint,
+            max_context=min(config.max_context, engine.num_blocks * engine.block_size),
+        )
+        vision = None
+        if card.policy is not None:
+            tower = load_encoder(folder, config, dtype=dtype, device=pick_device(device), progress=progress)
+            vision = EncoderLoop(VisionEncoder(tower, card.policy), EncoderConfig(), observer)
+            vision.start()
+        loop = open_engine(
+            folder, config, dtype=dtype, device=device, engine=engine, observer=observer, progress=progress
+        )
+        limits = limits or ImageLimits()
+        flow = ChatFlow(
+            card,
+            preparer=InlinePreparer(limits),
+            store=store,
+            encoder=LocalEncoder(vision, store) if vision is not None else NoEncoder(),
+            decoder=LocalDecoder(loop, store),
+            keys=KeyRing(secret),
+            limits=limits,
+            observer=observer,
+            clock=SystemClock(),
+        )
+        return cls(card, config, folder, flow, loop, vision, store)
+
+    def answer(self, request: ChatRequest) -> AsyncGenerator[Delta | Finished, None]:
+        return self.flow.answer(request)
+
+    async def aclose(self) -> None:
+        if self.encoder is not None:
+            self.encoder.stop()
+        self.engine.stop()
+        await self.store.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+
+class NoEncoder:
+    """The encoder of a text-only model: its template refuses pictures long before anyone asks."""
+
+    async def encode(self, picture: PreparedImage, *, key: str, by_value: bool, timeout_s: float) -> Encoded:
+        raise AssertionError("a text-only model was asked to encode a picture")

@@ -1,0 +1,269 @@
+"""Load a checkpoint's tokenizer: SentencePiece (`tokenizer.model`) or byte-level and other BPE (`tokenizer.json`).
+
+Both official OmniLMM checkpoints use a SentencePiece BPE model with byte fallback under the *legacy* rule of
+transformers' LlamaTokenizer: a text is cut at special tokens and every part is encoded by itself, each with its own
+dummy space in front. Nothing of transformers is imported and no code of a checkpoint is ever run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer as JsonProcessor
+
+from omnilmm.errors import CheckpointError
+from omnilmm.prompt.vocabulary import NUM_BYTES, Piece, Special, Vocabulary
+
+_META_SPACE = "▁"
+_SHRINK_PROBE = "  x  Ａ ﬁ ① e\u0301 \u200b \u3000\t"
+"""Text that every stock SentencePiece normaliser changes: runs of spaces, compatibility forms, combining marks."""
+
+
+def load_tokenizer(folder: Path) -> Vocabulary:
+    """The tokenizer of the checkpoint in `folder`.
+
+    `tokenizer.model` is preferred; `tokenizer.json` is used where it is the only one, or where the checkpoint asks
+    for the non-legacy rule (``"legacy": false``), which SentencePiece by itself cannot express.
+
+    Raises:
+        CheckpointError: a file is missing, unreadable, or of a kind we cannot follow exactly. The message names it.
+    """
+    declared = _read_declared(folder)
+    model, fast = folder / "tokenizer.model", folder / "tokenizer.json"
+    if model.is_file() and (declared.legacy or not fast.is_file()):
+        if not declared.legacy:
+            raise CheckpointError(f"{model}: the tokenizer is not a legacy one, which needs {fast.name} beside it.")
+        return SentencePieceVocabulary(model, declared)
+    if fast.is_file():
+        return JsonVocabulary(fast, declared)
+    raise CheckpointError(f"{folder} has neither tokenizer.model nor tokenizer.json.")
+
+
+# -- what the small JSON files declare ----------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Declared:
+    """tokenizer_config.json, special_tokens_map.json, added_tokens.json and chat_template.jinja, read together."""
+
+    added: tuple[Special, ...]
+    names: tuple[str, ...]  # texts declared special without an id
+    bos: str | None
+    eos: str | None
+    adds_bos: bool
+    legacy: bool
+    chat_template: str | None
+
+
+def _read_declared(folder: Path) -> _Declared:
+    config = _read_json(folder / "tokenizer_config.json")
+    merged = {**_read_json(folder / "special_tokens_map.json"), **config}
+    added = {int(key): entry for key, entry in merged.get("added_tokens_decoder", {}).items()}
+    for text, token_id in _read_json(folder / "added_tokens.json").items():
+        added.setdefault(token_id, {"content": text, "special": True})
+    for entry in added.values():
+        if entry.get("lstrip") or entry.get("rstrip") or entry.get("single_word"):
+            raise CheckpointError(f"{folder}: special token {entry['content']!r} alters its surroundings, unsupported.")
+    named = [_content(merged.get(key)) for key in ("bos_token", "eos_token", "unk_token", "pad_token")]
+    named += [_content(entry) for entry in merged.get("additional_special_tokens") or ()]
+    return _Declared(
+        added=tuple(Special(token_id, e["content"], bool(e.get("special"))) for token_id, e in added.items()),
+        names=tuple(name for name in named if name),
+        bos=_content(merged.get("bos_token")),
+        eos=_content(merged.get("eos_token")),
+        adds_bos=bool(merged.get("add_bos_token", True)),
+        legacy=merged.get("legacy") is not False,
+        chat_template=_chat_template(folder, merged.get("chat_template")),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON.") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is not a JSON object.")
+    return value
+
+
+def _content(token: str | Mapping[str, Any] | None) -> str | None:
+    """The text of a token given as a string or as ``{"content": ...}``."""
+    return token.get("content") if isinstance(token, Mapping) else token
+
+
+def _chat_template(folder: Path, declared: str | list[dict[str, str]] | None) -> str | None:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    if isinstance(declared, list):
+        return {entry["name"]: entry["template"] for entry in declared}.get("default")
+    return declared
+
+
+# -- SentencePiece ------------------------------------------------------------------------------------
+
+
+class SentencePieceVocabulary(Vocabulary):
+    """`tokenizer.model` through the sentencepiece library."""
+
+    def __init__(self, path: Path, declared: _Declared) -> None:
+        processor = SentencePieceProcessor()
+        try:
+            processor.LoadFromSerializedProto(path.read_bytes())
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(f"{path} cannot be read as a SentencePiece model.") from error
+        pieces = [processor.id_to_piece(index) for index in range(processor.vocab_size())]
+        byte_ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in range(NUM_BYTES)]
+        if not all(map(processor.is_byte, byte_ids)):
+            raise CheckpointError(f"{path} has no byte fallback: text outside its vocabulary would be lost.")
+        specials = _with_named(declared, {piece: index for index, piece in enumerate(pieces)})
+        probe = _SHRINK_PROBE.replace(" ", _META_SPACE)
+        bos, eos = (declared.bos, processor.bos_id()), (declared.eos, processor.eos_id())
+        super().__init__(
+            spellings=_overlaid(path, [_spelling(piece) for piece in pieces], specials),
+            byte_ids=byte_ids,
+            char_ids=_char_ids(enumerate(pieces), specials),
+            specials=specials,
+            bos=_framing(pieces, *bos),
+            eos=_framing(pieces, *eos),
+            adds_bos=declared.adds_bos,
+            drops_first_space=processor.normalize("x").startswith(_META_SPACE),
+            replaces_each_byte=True,
+            fixed_length=processor.normalize(_SHRINK_PROBE) in (probe, _META_SPACE + probe),
+            chat_template=declared.chat_template,
+        )
+        self._processor = processor
+
+    def encode_text(self, text: str, *, first: bool = True) -> list[Piece]:
+        encoded = self._processor.encode(text, return_type="offset_mapping")
+        return [Piece(i, *offsets) for i, offsets in zip(encoded["ids"], encoded["offsets"], strict=True)]
+
+
+def _with_named(declared: _Declared, ids: Mapping[str, int]) -> tuple[Special, ...]:
+    """The added tokens, and those that are named special and stand among the pieces."""
+    known = {special.text for special in declared.added}
+    names = dict.fromkeys(name for name in declared.names if name not in known and name in ids)
+    return (*declared.added, *(Special(ids[name], name, control=True) for name in names))
+
+
+def _overlaid(path: Path, spellings: list[bytes], specials: Iterable[Special]) -> list[bytes]:
+    """What ids spell, with special tokens in their places or behind the last piece."""
+    for special in sorted(specials):
+        if special.id > len(spellings):
+            raise CheckpointError(f"{path.parent}: added token {special.text!r} leaves a gap in the vocabulary.")
+        spellings[special.id : special.id + 1] = [special.text.encode()]
+    return spellings
+
+
+def _framing(pieces: list[str], declared: str | None, index: int) -> str | None:
+    """The text of BOS or EOS: as the files name it, else as the model has it."""
+    return declared or (pieces[index] if index >= 0 else None)
+
+
+def _char_ids(pieces: Iterable[tuple[int, str]], specials: Iterable[Special]) -> dict[str, int]:
+    """Ordinary metaspace pieces of one character."""
+    taken = {special.id for special in specials}
+    return {p.replace(_META_SPACE, " "): index for index, p in pieces if len(p) == 1 and index not in taken}
+
+
+def _spelling(piece: str) -> bytes:
+    """UTF-8 of a metaspace piece; ``<0x0A>`` is one byte."""
+    if len(piece) == len("<0x00>") and piece.startswith("<0x") and piece.endswith(">"):
+        return bytes.fromhex(piece[3:5])
+    return piece.replace(_META_SPACE, " ").encode()
+
+
+# -- tokenizer.json -----------------------------------------------------------------------------------
+
+
+class JsonVocabulary(Vocabulary):
+    """`tokenizer.json` through the tokenizers library: byte-level BPE, or metaspace BPE with byte fallback."""
+
+    def __init__(self, path: Path, declared: _Declared) -> None:
+        try:
+            layout = json.loads(path.read_text(encoding="utf-8"))
+            processor = JsonProcessor.from_str(json.dumps(layout))
+            behind = JsonProcessor.from_str(json.dumps(_never_first(layout)))
+        except Exception as error:  # the library raises bare Exception
+            raise CheckpointError(f"{path} cannot be read as a tokenizer.") from error
+        alphabet = _byte_alphabet() if "ByteLevel" in _kinds(layout["decoder"]) else None
+        byte_pieces = alphabet or [f"<0x{byte:02X}>" for byte in range(NUM_BYTES)]
+        byte_ids = [index for piece in byte_pieces if (index := processor.token_to_id(piece)) is not None]
+        if len(byte_ids) < NUM_BYTES:
+            raise CheckpointError(f"{path} cannot spell every byte: text outside its vocabulary would be lost.")
+        pieces = {index: piece for piece, index in processor.get_vocab(with_added_tokens=True).items()}
+        added = processor.get_added_tokens_decoder()
+        specials = [Special(index, token.content, token.special) for index, token in added.items()]
+        spell = _spelling if alphabet is None else partial(_byte_level_spelling, {c: b for b, c in enumerate(alphabet)})
+        char_ids = _char_ids(pieces.items(), specials) if alphabet is None else {}
+        bos_id = processor.token_to_id(declared.bos) if declared.bos else None
+        super().__init__(
+            spellings=_overlaid(path, [spell(pieces.get(index, "")) for index in range(max(pieces) + 1)], specials),
+            byte_ids=byte_ids,
+            char_ids=char_ids,
+            specials=[special for special in specials if special.control],
+            bos=declared.bos,
+            eos=declared.eos,
+            adds_bos=processor.encode("").ids[:1] == [bos_id],
+            drops_first_space=not processor.decode([char_ids.get(" ", byte_ids[ord(" ")])]),
+            replaces_each_byte=alphabet is None,
+            fixed_length=_keeps_length(layout["normalizer"]),
+            chat_template=declared.chat_template,
+        )
+        processor.encode_special_tokens = behind.encode_special_tokens = True  # their text is text here
+        self._processor, self._behind = processor, behind
+
+    def encode_text(self, text: str, *, first: bool = True) -> list[Piece]:
+        encoded = (self._processor if first else self._behind).encode(text, add_special_tokens=False)
+        return [Piece(i, *offsets) for i, offsets in zip(encoded.ids, encoded.offsets, strict=True)]
+
+
+def _never_first(layout: Any) -> Any:
+    """The same tokenizer for parts behind a control token: a dummy space meant for the first part only is gone."""
+    if isinstance(layout, dict):
+        changed = {key: _never_first(value) if key != "model" else value for key, value in layout.items()}
+        return {**changed, "prepend_scheme": "never"} if layout.get("prepend_scheme") == "first" else changed
+    return [_never_first(value) for value in layout] if isinstance(layout, list) else layout
+
+
+def _kinds(component: Any) -> set[str]:
+    """The ``type`` of a component of tokenizer.json and of all that is inside it."""
+    if isinstance(component, list):
+        return set().union(*map(_kinds, component))
+    if not isinstance(component, dict):
+        return set()
+    return {component.get("type", "")}.union(*map(_kinds, component.values()))
+
+
+def _keeps_length(normalizer: dict[str, Any] | None) -> bool:
+    """Whether nothing but the metaspace is done to a text before it is encoded."""
+    match normalizer:
+        case None | {"type": "Prepend"}:
+            return True
+        case {"type": "Replace", "pattern": {"String": " "}, "content": content}:
+            return bool(content == _META_SPACE)
+        case {"type": "Sequence", "normalizers": inner}:
+            return all(map(_keeps_length, inner))
+        case _:
+            return False
+
+
+def _byte_alphabet() -> list[str]:
+    """The character that stands for each byte in byte-level BPE (GPT-2): printable Latin-1 stands for itself, the
+    other 68 bytes for U+0100 onwards in order."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in printable else next(others)) for byte in range(NUM_BYTES)]
+
+
+def _byte_level_spelling(byte_of: Mapping[str, int], piece: str) -> bytes:
+    return b"".join(bytes((byte_of[char],)) if char in byte_of else char.encode() for char in piece)

@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+
+import pytest
+from cache_fakes import HandClock
+from fault_proxy import FaultProxy
+
+from deployments.redis_server import RedisServer
+from omnilmm.cache.breaker import Breaker
+from omnilmm.cache.link import MAX_CONNECTIONS, RedisLink, budget, converse
+from omnilmm.errors import ConfigError
+
+
+@pytest.fixture
+async def make_link(clock: HandClock) -> AsyncIterator:
+    links: list[RedisLink] = []
+
+    def make(url: str, timeout_s: float = 0.05) -> RedisLink:
+        links.append(RedisLink(url, timeout_s=timeout_s, breaker=Breaker(clock, failures=2, open_s=1.0)))
+        return links[-1]
+
+    yield make
+    for link in links:
+        link.check_integrity()
+        await link.aclose()
+
+
+async def ask(link: RedisLink, *commands: tuple) -> list | None:
+    return await link.run(lambda connection: converse(connection, *commands))
+
+
+async def test_a_budget_ends() -> None:
+    started = time.monotonic()
+    with pytest.raises(TimeoutError):
+        async with budget(0.02):
+            await asyncio.sleep(30)
+    assert time.monotonic() - started < 10
+
+
+async def test_a_busy_loop_is_not_the_servers_fault(server: RedisServer, make_link) -> None:
+    link = make_link(server.url)
+    assert await ask(link, ("PING",)) == [b"PONG"]
+    question = asyncio.create_task(ask(link, ("ECHO", "still there")))
+    await asyncio.sleep(0)  # it is sent
+    time.sleep(0.2)  # the loop is held up for four budgets  # noqa: ASYNC251
+    assert await question == [b"still there"]
+    assert not link.is_down
+
+
+async def test_a_late_timer_prolongs_the_wait_once_only() -> None:
+    async def wait() -> None:
+        async with budget(0.05):
+            await asyncio.sleep(30)
+
+    waiting = asyncio.create_task(wait())
+    await asyncio.sleep(0)
+    time.sleep(0.2)  # noqa: ASYNC251
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(waiting, 10)
+
+
+async def test_refused_commands_are_answers_not_outages(server: RedisServer, make_link) -> None:
+    link = make_link(server.url)
+    for _ in range(5):
+        replies = await ask(link, ("NOSUCHCOMMAND",), ("ECHO", "on"))
+        assert isinstance(replies[0], Exception)
+        assert replies[1] == b"on"
+    assert not link.is_down
+
+
+async def test_an_exchange_given_up_half_way_does_not_answer_the_next(proxy: FaultProxy, make_link) -> None:
+    link = make_link(proxy.url, timeout_s=5.0)
+    assert await ask(link, ("PING",)) == [b"PONG"]
+    proxy.delay_s = 0.1
+    first = asyncio.create_task(ask(link, ("ECHO", "first")))
+    await asyncio.sleep(0.02)
+    first.cancel()
+    await asyncio.wait({first})
+    assert first.cancelled()
+    proxy.delay_s = 0.0
+    assert await ask(link, ("ECHO", "second")) == [b"second"]
+    assert not link.is_down
+
+
+async def test_a_failed_transaction_leaves_no_watch_behind(server: RedisServer, make_link) -> None:
+    link = make_link(server.url)
+
+    async def watch_and_fail(connection) -> None:
+        await converse(connection, ("WATCH", "omni:w"))
+        raise ConnectionResetError
+
+    assert await link.run(watch_and_fail) is None
+    assert await ask(link, ("SET", "omni:w", "1")) == [b"OK"]
+    replies = await ask(link, ("MULTI",), ("GET", "omni:w"), ("EXEC",))
+    assert replies[-1] == [b"1"]
+
+
+async def test_the_number_of_connections_is_bounded(proxy: FaultProxy, make_link) -> None:
+    link = make_link(proxy.url, timeout_s=5.0)
+    proxy.delay_s = 0.01
+    answers = await asyncio.gather(*(ask(link, ("ECHO", str(number))) for number in range(100)))
+    assert answers == [[str(number).encode()] for number in range(100)]
+    assert proxy.num_accepted <= MAX_CONNECTIONS
+
+
+async def test_callers_queueing_for_a_hung_server_leave_with_the_first(proxy: FaultProxy, make_link) -> None:
+    link = make_link(proxy.url)
+    assert await ask(link, ("PING",)) == [b"PONG"]
+    proxy.black_hole = True
+    started = time.monotonic()
+    answers = await asyncio.gather(*(ask(link, ("PING",)) for _ in range(500)))
+    assert answers == [None] * 500
+    assert time.monotonic() - started < 0.5
+    assert proxy.num_accepted <= MAX_CONNECTIONS
+    assert link.is_down
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1:6379",
+        "127.0.0.1:6379",
+        "redis://127.0.0.1:notaport",
+        "redis://127.0.0.1?no_such_option=1",
+        "redis://127.0.0.1?socket_timeout=soon",
+        "unix://",
+        "redis://10.0.0.7:6379",
+        "redis://redis.example:6379",
+        "rediss://redis.example:6379",
+    ],
+)
+def test_a_url_that_cannot_be_used_or_trusted_is_refused(url: str, make_link) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_link(url)
+    assert "redis_url" in caught.value.message
+    assert "example" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://localhost",
+        "redis://127.0.0.1:7000/2",
+        "redis://[::1]:7000",
+        "redis://:word@redis.example:6379",
+        "rediss://user:word@redis.example:6379/0",
+        "unix:///run/redis.sock?db=1",
+    ],
+)
+def test_a_url_on_this_machine_or_with_a_password_is_taken(url: str, make_link) -> None:
+    make_link(url)
+
+
+async def test_the_url_cannot_loosen_the_bounds(proxy: FaultProxy, make_link) -> None:
+    link = make_link(proxy.url + "?socket_timeout=60&socket_connect_timeout=60&retry_on_timeout=yes&max_connections=999")
+    proxy.black_hole = True
+    started = time.monotonic()
+    assert await ask(link, ("PING",)) is None
+    assert time.monotonic() - started < 0.5
+
+
+async def test_a_subscription_hears_and_ends(server: RedisServer, make_link) -> None:
+    link = make_link(server.url)
+    news = await link.subscribe("omni:wake")
+    assert await news.next(0.0) is None
+    assert await ask(link, ("PUBLISH", "omni:wake", b"\x00news")) == [1]
+    assert await news.next(5.0) == b"\x00news"
+    assert news.is_alive
+    await news.aclose()
+    assert not news.is_alive
+
+
+async def test_a_broken_subscription_says_so(proxy: FaultProxy, make_link) -> None:
+    link = make_link(proxy.url)
+    news = await link.subscribe("omni:wake")
+    proxy.cut()
+    assert await news.next(5.0) is None
+    assert not news.is_alive
+
+
+async def test_no_subscription_from_a_server_that_is_not_there(proxy: FaultProxy, make_link) -> None:
+    link = make_link(proxy.url)
+    proxy.refuse = True
+    assert await link.subscribe("omni:wake") is None
+    proxy.refuse, proxy.black_hole = False, True
+    assert await link.subscribe("omni:wake") is None

@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+import pytest
+
+from omnilmm.config import ImageLimits, ImagePolicy, InputHandling
+
+
+@pytest.fixture
+def limits() -> ImageLimits:
+    return ImageLimits()
+
+
+@pytest.fixture
+def safe() -> ImagePolicy:
+    return ImagePolicy(side=32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
+
+
+@pytest.fixture
+def original(safe: ImagePolicy) -> ImagePolicy:
+    return safe.resolve(handling=InputHandling.ORIGINAL)

@@ -1,0 +1,380 @@
+"""The choreography over small fakes: who is asked, how often, and what happens when somebody fails."""
+
+import asyncio
+import hashlib
+import io
+from dataclasses import replace
+
+import pytest
+from PIL import Image
+
+from omnilmm.cache.key import KeyRing
+from omnilmm.cache.store import open_store
+from omnilmm.config import CacheConfig, Family, ImageLimits, ImagePolicy, InputHandling
+from omnilmm.errors import ContextLengthExceeded, DeadlineExceeded, ImageError, OmniError, ReplicaLost
+from omnilmm.flow import CLIENT_LEFT, ChatFlow, ModelCard, RetryBudget
+from omnilmm.image.pool import InlinePreparer
+from omnilmm.messages import (
+    ChatRequest,
+    Conversation,
+    Delta,
+    Embedding,
+    Encoded,
+    Finished,
+    FinishReason,
+    ImagePart,
+    ImageSource,
+    Prefill,
+    TextPart,
+    TokenBatch,
+    Turn,
+)
+from omnilmm.observe import RequestFinished, Retried
+from omnilmm.pipeline import SystemClock
+from omnilmm.prompt.template import load_template
+
+SECRET = b"a secret of thirty-two bytes.... "
+ANSWER = (549, 374, 649, 539, 710)
+
+
+def png(colour):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 6), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+RED, BLUE = png("red"), png("blue")
+
+
+def ask(*parts, **changes):
+    content = tuple(ImagePart(p, f"part[{i}]") if isinstance(p, bytes) else TextPart(p) for i, p in enumerate(parts))
+    return ChatRequest("r", Conversation((Turn("user", content),)), max_tokens=8, **changes)
+
+
+class FakeEncoder:
+    """Vectors that name the picture. `failures` are raised first; `gate` holds every call."""
+
+    def __init__(self, store):
+        self.store = store
+        self.calls = []
+        self.failures = []
+        self.entered = asyncio.Event()
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.keeps = True
+
+    async def encode(self, picture, *, key, by_value, timeout_s):
+        self.calls.append((key, by_value))
+        self.entered.set()
+        if self.failures:
+            raise self.failures.pop(0)
+        await self.gate.wait()
+        embedding = Embedding("float32", (1, 1), hashlib.sha256(picture.square).digest()[:4])
+        stored = self.keeps and not by_value and await self.store.put(key, embedding)
+        return Encoded(None if stored else embedding, stored, 0.01)
+
+
+class FakeDecoder:
+    """Emits ANSWER one token a batch, going on from `emitted`. `scripts` are run first, one per call."""
+
+    def __init__(self, store):
+        self.store = store
+        self.calls = []
+        self.scripts = []
+        self.num_closed = 0
+        self.kv = ()
+
+    async def generate(self, call, *, affinity):
+        self.calls.append((call, affinity))
+        script = self.scripts.pop(0) if self.scripts else None
+        try:
+            missing = [i.key for i in call.images if i.embedding is None and await self.store.get(i.key) is None]
+            if missing:
+                yield TokenBatch(missing=tuple(missing))
+                return
+            prefill = Prefill(len(call.prompt.ids), 3, self.kv, 0.0)
+            for position in range(len(call.emitted), len(ANSWER)):
+                if script is not None and position == script:
+                    raise ReplicaLost("gone")
+                last = position == len(ANSWER) - 1
+                yield TokenBatch((ANSWER[position],), prefill=prefill, finish=FinishReason.LENGTH if last else None)
+                prefill = None
+        finally:
+            self.num_closed += 1
+
+
+class Notes:
+    def __init__(self):
+        self.events = []
+
+    def emit(self, event):
+        self.events.append(event)
+
+    def of(self, kind):
+        return [event for event in self.events if isinstance(event, kind)]
+
+
+@pytest.fixture(scope="module")
+def card(data):
+    folder = data / "minicpm-v-tiny"
+    return ModelCard(
+        name="m",
+        family=Family.OMNILMM_3B,
+        fingerprint="f",
+        dtype="float32",
+        handling=InputHandling.SAFE,
+        policy=ImagePolicy(28, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+        max_context=200,
+        template=load_template(Family.OMNILMM_3B, folder),
+    )
+
+
+class House:
+    """A flow with all its neighbours in reach."""
+
+    def __init__(self, card, *, sole=True):
+        self.notes = Notes()
+        self.store = open_store(CacheConfig(), secret=SECRET, observer=self.notes, clock=SystemClock(), sole=sole)
+        self.encoder = FakeEncoder(self.store)
+        self.decoder = FakeDecoder(self.store)
+        self.retries = RetryBudget()
+        self.flow = ChatFlow(
+            card,
+            preparer=InlinePreparer(ImageLimits()),
+            store=self.store,
+            encoder=self.encoder,
+            decoder=self.decoder,
+            keys=KeyRing(SECRET),
+            limits=ImageLimits(),
+            observer=self.notes,
+            clock=SystemClock(),
+            retries=self.retries,
+        )
+
+    async def answer(self, request):
+        events = [event async for event in self.flow.answer(request)]
+        assert isinstance(events[-1], Finished)
+        return "".join(event.text for event in events[:-1]), events[-1]
+
+
+@pytest.fixture
+async def house(card):
+    made = House(card)
+    yield made
+    made.store.check_integrity()
+    await made.store.aclose()
+
+
+def sources(finished):
+    return [image.source for image in finished.usage.images]
+
+
+async def test_a_picture_is_encoded_once_and_then_remembered(house):
+    text, first = await house.answer(ask(RED, "What?"))
+    again, second = await house.answer(ask(RED, "What?"))
+    assert text == again
+    assert text
+    assert sources(first) == [ImageSource.ENCODED]
+    assert sources(second) == [ImageSource.CACHE]
+    assert len(house.encoder.calls) == 1
+    assert first.usage.image_tokens == 64
+    assert first.usage.completion_tokens == len(ANSWER)
+    assert (first.usage.images[0].width, first.usage.images[0].height) == (8, 6)
+
+
+async def test_the_same_picture_twice_in_one_request_is_one_encode(house):
+    _, finished = await house.answer(replace(ask(RED, RED, "Same?")))
+    assert len(house.encoder.calls) == 1
+    assert sources(finished) == [ImageSource.ENCODED, ImageSource.ENCODED]
+    call, _ = house.decoder.calls[0]
+    assert len({image.key for image in call.images}) == 1
+    assert len(call.images) == 2
+
+
+async def test_a_re_encoded_file_with_the_same_pixels_is_the_same_picture(house):
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(RED)).save(buffer, "PNG", compress_level=0)
+    await house.answer(ask(RED, "What?"))
+    _, finished = await house.answer(ask(buffer.getvalue(), "What?"))
+    assert buffer.getvalue() != RED
+    assert sources(finished) == [ImageSource.CACHE]
+
+
+async def test_another_scope_shares_nothing(house):
+    await house.answer(ask(RED, "What?", scope="a"))
+    _, finished = await house.answer(ask(RED, "What?", scope="b"))
+    assert sources(finished) == [ImageSource.ENCODED]
+
+
+async def test_simultaneous_requests_for_one_picture_share_the_flight(house):
+    house.encoder.gate.clear()
+    tasks = [asyncio.create_task(house.answer(ask(RED, f"Question {i}"))) for i in range(5)]
+    await house.encoder.entered.wait()
+    house.encoder.gate.set()
+    answers = await asyncio.gather(*tasks)
+    assert len(house.encoder.calls) == 1
+    assert sorted(s for _, f in answers for s in sources(f)) == sorted([ImageSource.ENCODED] + [ImageSource.FLIGHT] * 4)
+
+
+async def test_a_failed_leader_hands_over(house):
+    house.encoder.failures = [OmniError("this picture, this time")]
+    house.encoder.gate.clear()
+    leader = asyncio.create_task(house.answer(ask(RED, "First")))
+    followers = [asyncio.create_task(house.answer(ask(RED, "Second"))) for _ in range(3)]
+    await house.encoder.entered.wait()
+    house.encoder.gate.set()
+    results = await asyncio.gather(leader, *followers, return_exceptions=True)
+    assert sum(isinstance(result, OmniError) for result in results) == 1
+    assert len(house.encoder.calls) == 2
+
+
+async def test_text_alone_never_meets_the_vision_pool(house):
+    _, finished = await house.answer(ask("Hello?"))
+    assert house.encoder.calls == []
+    assert finished.usage.images == ()
+    assert finished.usage.image_tokens == 0
+
+
+async def test_a_picture_whose_blocks_are_in_kv_is_told_so(house):
+    await house.answer(ask(RED, "What?"))
+    house.decoder.kv = (0,)
+    _, finished = await house.answer(ask(RED, "What?"))
+    assert sources(finished) == [ImageSource.KV]
+
+
+async def test_vectors_lost_between_lookup_and_use_are_brought_by_value(house):
+    await house.answer(ask(RED, "What?"))
+    get, house.store.get = house.store.get, lambda key: asyncio.sleep(0, None)
+    text, finished = await house.answer(ask(RED, "What?"))
+    house.store.get = get
+    assert text
+    assert sources(finished) == [ImageSource.ENCODED]
+    assert house.encoder.calls[-1][1] is True, "asked by value"
+    assert house.decoder.calls[-1][0].images[0].embedding is not None
+
+
+async def test_without_a_shared_store_vectors_travel_by_value(card):
+    house = House(card, sole=False)
+    _, first = await house.answer(ask(RED, "What?"))
+    _, second = await house.answer(ask(RED, "What?"))
+    assert house.encoder.calls == [(house.encoder.calls[0][0], True)]
+    assert sources(first) == [ImageSource.ENCODED]
+    assert sources(second) == [ImageSource.CACHE]
+    assert house.decoder.calls[0][0].images[0].embedding is not None
+    await house.store.aclose()
+
+
+@pytest.mark.parametrize("lost_at", [0, 1, 4])
+async def test_a_decoder_lost_mid_stream_is_resumed_without_a_seam(house, lost_at):
+    whole, undisturbed = await house.answer(ask("Hello?", seed=7))
+    house.decoder.scripts = [lost_at]
+    text, finished = await house.answer(ask("Hello?", seed=7))
+    assert text == whole
+    assert finished.usage == undisturbed.usage
+    first, second = house.decoder.calls[1][0], house.decoder.calls[2][0]
+    assert second.emitted == ANSWER[:lost_at]
+    assert second.sampling == first.sampling
+    assert house.notes.of(Retried) == [Retried("decode")]
+
+
+async def test_retries_end(house):
+    house.decoder.scripts = [1, 2, 3]
+    with pytest.raises(ReplicaLost):
+        await house.answer(ask("Hello?"))
+    assert len(house.decoder.calls) == house.flow.max_attempts
+
+
+async def test_retries_stop_when_the_budget_is_spent(house):
+    while house.retries.try_withdraw():
+        pass
+    house.decoder.scripts = [1]
+    with pytest.raises(ReplicaLost):
+        await house.answer(ask("Hello?"))
+    assert len(house.decoder.calls) == 1
+
+
+def test_the_retry_budget_refills_by_a_tenth():
+    budget = RetryBudget(ratio=0.1, reserve=1.0)
+    assert budget.try_withdraw()
+    assert not budget.try_withdraw()
+    for _ in range(11):  # eleven, since ten tenths are a little less than one
+        budget.deposit()
+    assert budget.try_withdraw()
+    assert not budget.try_withdraw()
+
+
+async def test_a_lost_vision_replica_is_retried(house):
+    house.encoder.failures = [ReplicaLost("gone")]
+    _, finished = await house.answer(ask(RED, "What?"))
+    assert sources(finished) == [ImageSource.ENCODED]
+    assert house.notes.of(Retried) == [Retried("encode")]
+
+
+async def test_a_stop_string_ends_the_answer_and_the_stream_beneath(house, card):
+    whole, _ = await house.answer(ask("Hello?"))
+    stop = whole[4:6]
+    text, finished = await house.answer(ask("Hello?", stop=(stop,)))
+    assert text == whole[: whole.index(stop)]
+    assert finished.finish is FinishReason.STOP
+    assert finished.usage.completion_tokens < len(ANSWER)
+    assert house.decoder.num_closed == 2
+
+
+async def test_closing_the_answer_closes_everything(house):
+    answer = house.flow.answer(ask(RED, "What?"))
+    assert isinstance(await anext(answer), Delta)
+    await answer.aclose()
+    assert house.decoder.num_closed == 1
+    assert house.notes.of(RequestFinished)[-1].status == CLIENT_LEFT
+
+
+async def test_a_client_that_leaves_while_its_picture_is_encoded_leaves_no_lease(house):
+    house.encoder.gate.clear()
+    leaving = asyncio.create_task(house.answer(ask(RED, "What?")))
+    await house.encoder.entered.wait()
+    leaving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+    house.store.check_integrity()
+    house.encoder.gate.set()
+    _, finished = await house.answer(ask(RED, "What?"))
+    assert sources(finished) == [ImageSource.ENCODED]
+
+
+async def test_what_does_not_fit_is_refused_before_any_picture_is_touched(house):
+    with pytest.raises(ContextLengthExceeded):
+        await house.answer(replace(ask(RED, "What?"), max_tokens=150))
+    with pytest.raises(ContextLengthExceeded):
+        await house.answer(ask(RED, "word " * 1000))
+    assert house.encoder.calls == []
+    assert house.notes.of(RequestFinished)[-1].status == 400
+
+
+async def test_a_bad_picture_fails_its_request_and_names_its_place(house):
+    with pytest.raises(ImageError) as refusal:
+        await house.answer(ask(BLUE, RED[:40], "What?"))
+    assert refusal.value.param == "part[1]"
+
+
+async def test_the_deadline_holds_while_waiting_for_another_flight(house):
+    house.encoder.gate.clear()
+    leader = asyncio.create_task(house.answer(ask(RED, "What?")))
+    await house.encoder.entered.wait()
+    with pytest.raises(DeadlineExceeded):
+        await house.answer(ask(RED, "What?", timeout_s=0.05))
+    house.encoder.gate.set()
+    await leader
+
+
+async def test_affinity_follows_the_opening_of_a_conversation_or_its_session(house):
+    opening = Turn("user", (ImagePart(RED, "p"), TextPart("What?")))
+    more = (opening, Turn("assistant", (TextPart("A square."),)), Turn("user", (TextPart("And?"),)))
+    for conversation in (Conversation((opening,)), Conversation(more)):
+        await house.answer(ChatRequest("r", conversation, max_tokens=8))
+    await house.answer(ask(BLUE, "What?"))
+    await house.answer(ask(RED, "What?", session="s"))
+    await house.answer(ask(BLUE, "Else?", session="s"))
+    one, two, other, session, same_session = (affinity for _, affinity in house.decoder.calls)
+    assert one == two
+    assert len({one, other, session}) == 3
+    assert session == same_session
