@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -58,20 +58,20 @@ def make_app(router: Router) -> FastAPI:
 
 
 def _keyed_routes(app: FastAPI, router: Router) -> APIRouter:
-    def tenant_of(request: Request) -> Tenant:
+    def authenticate(request: Request) -> None:
         peer = request.client.host if request.client else None
-        return router.keys.authenticate(request.headers.getlist("authorization"), peer)
+        request.state.tenant = router.keys.authenticate(request.headers.getlist("authorization"), peer)
 
-    Caller = Annotated[Tenant, Depends(tenant_of)]
-    routes = APIRouter(dependencies=[Depends(tenant_of)])
+    routes = APIRouter(dependencies=[Depends(authenticate)])
 
     @routes.post("/v1/chat/completions", openapi_extra=chat_completions_operation())
-    async def chat_completions(request: Request, tenant: Caller) -> Response:
-        return await _Chat(router, request, tenant).respond()
+    async def chat_completions(request: Request) -> Response:
+        return await _Chat(router, request, request.state.tenant).respond()
 
     @routes.get("/v1/models", openapi_extra=models_operation())
-    async def models(tenant: Caller) -> dict[str, Any]:
-        mine = [name for name in router.flows if tenant.models is None or name in tenant.models]
+    async def models(request: Request) -> dict[str, Any]:
+        allowed = request.state.tenant.models
+        mine = [name for name in router.flows if allowed is None or name in allowed]
         return dict(model_list(model_object(name, created=router.started) for name in mine))
 
     @routes.get("/openapi.json", include_in_schema=False)

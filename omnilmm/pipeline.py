@@ -16,6 +16,7 @@ from omnilmm.cache.store import TieredStore, open_store
 from omnilmm.config import CacheConfig, EncoderConfig, EngineConfig, ImageLimits, InputHandling
 from omnilmm.encoder.encode import VisionEncoder
 from omnilmm.encoder.loop import EncoderLoop
+from omnilmm.engine.engine import Engine
 from omnilmm.engine.loop import EngineLoop
 from omnilmm.engine.runner import ModelRunner
 from omnilmm.flow import ChatFlow, ModelCard
@@ -106,7 +107,7 @@ def open_engine(
     """Load the language model and start its engine. The caller stops it."""
     device = pick_device(device)
     model = load_language_model(folder, config, dtype=dtype, device=device, progress=progress)
-    loop = EngineLoop(ModelRunner(model, engine), engine, observer=observer)
+    loop = EngineLoop(Engine(ModelRunner(model, engine), engine), observer=observer)
     loop.start()
     return loop
 

@@ -52,6 +52,11 @@ class TieredStore:
         self._sole = sole
         self._flights = Flights(redis, config.lease_s)
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether a decoder can be expected to find what is put: false without Redis, and while it is down."""
+        return self._sole or (self._redis is not None and not self._redis.is_down)
+
     async def lookup(self, keys: Sequence[str]) -> Mapping[str, Lookup]:
         """Hit, lease or flight for every distinct key: one round trip to Redis if all are there, two if not.
 

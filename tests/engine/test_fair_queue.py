@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from itertools import count
+
+import pytest
+from engine_fakes import make_call
+
+from omnilmm.engine.fair_queue import OUTPUT_COST, FairQueue
+from omnilmm.engine.sequence import Sequence
+
+
+@pytest.fixture
+def make():
+    ids = count()
+
+    def make_sequence(tenant: str, weight: float = 1.0) -> Sequence:
+        return Sequence(next(ids), make_call(4, tenant=tenant, weight=weight), block_size=4, submitted_at=0.0)
+
+    return make_sequence
+
+
+def serve(queue: FairQueue, num_turns: int, prompt: int = 10) -> list[str]:
+    """Let the first in turn go, again and again; the tenants served."""
+    tenants = []
+    for _ in range(num_turns):
+        sequence = next(queue.in_turn())
+        queue.remove(sequence)
+        queue.charge(sequence, prompt=prompt)
+        queue.check_integrity()
+        tenants.append(sequence.call.tenant)
+    return tenants
+
+
+def test_one_tenant_is_served_in_order(make):
+    queue = FairQueue()
+    sequences = [make("a") for _ in range(4)]
+    for sequence in (sequences[2], sequences[0], sequences[3], sequences[1]):  # as preemption brings them back
+        queue.push(sequence)
+    assert list(queue.in_turn()) == sequences
+    assert len(queue) == 4
+
+
+def test_a_flood_does_not_delay_another_tenant(make):
+    queue = FairQueue()
+    for _ in range(20):
+        queue.push(make("flood"))
+    for _ in range(3):
+        queue.push(make("victim"))
+    assert serve(queue, 6).count("victim") == 3
+
+
+def test_weights_divide_the_work(make):
+    queue = FairQueue()
+    for _ in range(30):
+        queue.push(make("heavy", weight=3.0))
+        queue.push(make("light"))
+    served = serve(queue, 20)
+    assert served.count("heavy") == 15
+
+
+def test_output_counts_more_than_prompt(make):
+    queue = FairQueue()
+    chatty, quiet = make("chatty"), make("quiet")
+    for _ in range(10):
+        queue.push(make("chatty"))
+        queue.push(make("quiet"))
+    queue.charge(chatty, output=10)
+    queue.charge(quiet, prompt=10)
+    assert OUTPUT_COST > 1
+    assert serve(queue, 1) == ["quiet"]
+
+
+def test_idleness_earns_no_credit(make):
+    queue = FairQueue()
+    for _ in range(40):
+        queue.push(make("busy"))
+    serve(queue, 20)
+    for _ in range(20):
+        queue.push(make("late"))
+    assert serve(queue, 10).count("late") == 5  # not ten in a row for the time it was away
+
+
+def test_an_empty_queue_remembers_the_level(make):
+    queue = FairQueue()
+    queue.push(make("first"))
+    serve(queue, 1, prompt=1000)
+    queue.push(make("second"))
+    queue.push(make("first"))
+    queue.push(make("first"))
+    queue.push(make("second"))
+    assert sorted(serve(queue, 2)) == ["first", "second"]
