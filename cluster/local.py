@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import os
 import shutil
@@ -91,7 +92,8 @@ class LocalCluster:
         from ray import serve
 
         if ray.is_initialized():
-            with contextlib.suppress(Exception):  # going down must go on, whatever has died before us
+            # Ray announces the planned end of its own controller as a failure, on stderr
+            with contextlib.suppress(Exception), contextlib.redirect_stderr(io.StringIO()):
                 serve.shutdown()
             with contextlib.suppress(Exception):
                 self._stop_redis()
@@ -117,7 +119,10 @@ class LocalCluster:
             _temp_dir=str(self.temp_dir),
             _metrics_export_port=self.metrics_port,
         )
-        say(f"Ray is up ({time.monotonic() - begun:.1f} s); logs: {self.temp_dir}/session_latest/logs/serve")
+        address = ray.get_runtime_context().gcs_address
+        say(
+            f"Ray is up at {address} ({time.monotonic() - begun:.1f} s); logs: {self.temp_dir}/session_latest/logs/serve"
+        )
 
     def _start_serve(self, say: Say) -> None:
         begun = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from typing import Any
 
@@ -96,6 +97,9 @@ class Router:
             return False
         self._pinged = time.monotonic()
         return True
+
+    async def stats(self) -> dict[str, object]:
+        return {"pid": os.getpid(), "retry_balance": self._retries.balance}
 
     async def _ping(self, decoder: DeploymentHandle) -> Any:
         return await decoder.ping.remote()

@@ -86,6 +86,11 @@ class RetryBudget:
     def deposit(self) -> None:
         self._balance = min(self._balance + self._ratio, 10 * self._reserve)
 
+    @property
+    def balance(self) -> float:
+        """Retries that could be made now."""
+        return self._balance
+
     def try_withdraw(self) -> bool:
         if self._balance < 1.0:
             return False

@@ -63,9 +63,10 @@ class TieredStore:
         A Hit means that `get` of this store finds the vectors. Another process finds them too unless they are in this
         memory alone, which happens when Redis was out at the time they were made. Every lease must be ended.
         """
+        distinct = dict.fromkeys(keys)
         found: dict[str, Lookup] = {}
         asked: list[str] = []
-        for key in dict.fromkeys(keys):
+        for key in distinct:
             if self._memory.get(key) is not None:
                 self._tell("hit")
                 found[key] = Hit()
@@ -78,7 +79,7 @@ class TieredStore:
                 found[key] = flight
         if asked:
             found |= await self._ask_redis(asked)
-        return found
+        return {key: found[key] for key in distinct}
 
     async def _ask_redis(self, keys: list[str]) -> dict[str, Lookup]:
         are_there = await self._redis.find(keys) if self._redis is not None else None

@@ -52,7 +52,7 @@ def unpack_fields(text: bytes) -> dict[str, Any]:
     """Raises BadFrame where the fields are no JSON object."""
     try:
         fields = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise BadFrame from None
     if not isinstance(fields, dict):
         raise BadFrame
@@ -89,7 +89,7 @@ def refusal_of(fields: Mapping[str, Any]) -> tuple[str, str] | None:
     if "code" not in fields:
         return None
     code, message = fields["code"], fields.get("message")
-    if code not in IMAGE_CODES or not isinstance(message, str):
+    if not isinstance(code, str) or code not in IMAGE_CODES or not isinstance(message, str):
         raise BadFrame
     return code, message
 
@@ -104,8 +104,9 @@ def picture_of(
     """
     try:
         identity = PixelIdentity(bytes.fromhex(fields["digest"]), fields["width"], fields["height"])
+        known = (identity.width, identity.height) in sizes
     except (KeyError, TypeError, ValueError):
         raise BadFrame from None
-    if len(identity.digest) != 32 or (identity.width, identity.height) not in sizes or len(square) != 3 * side * side:
+    if not known or len(identity.digest) != 32 or len(square) != 3 * side * side:
         raise BadFrame
     return PreparedImage(identity, side, square)

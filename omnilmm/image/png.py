@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from omnilmm.errors import ImageError
@@ -12,7 +12,7 @@ from omnilmm.errors import ImageError
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _MAX_CHUNKS = 65_536
 _KEPT = frozenset({b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"})
-_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
+_CHANNELS: Mapping[int, int] = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
 _ADAM7 = (
     (0, 0, 8, 8),
     (4, 0, 8, 8),

@@ -9,17 +9,20 @@ goes on with a new one. Nobody else notices.
 from __future__ import annotations
 
 import asyncio
+import logging
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 from omnilmm.config import ImageLimits, ImagePolicy
-from omnilmm.errors import ImageError, Overloaded, StartupError
+from omnilmm.errors import ImageError, Overloaded
 from omnilmm.image.headers import Size
 from omnilmm.image.process import DecodeProcess
 from omnilmm.image.source import check_picture, located
 from omnilmm.image.transform import check_pillow, prepare
 from omnilmm.messages import PreparedImage
+
+logger = logging.getLogger(__name__)
 
 _RETRY_AFTER_S = 1.0
 _GRACE_S = 0.25
@@ -128,12 +131,12 @@ class DecodePool:
                 if process is None or not process.is_alive:
                     process = await self._replace_process(slot)
                 if not await self._run(job, process):
+                    logger.warning("decode worker %d is killed and replaced", process.pid)
                     await self._replace_process(slot)
-            except StartupError:
-                # Not this picture's fault; the next one tries again.
-                _fail(job, _overloaded())
+            except Exception:
+                logger.exception("a decode worker could not be replaced; the next picture tries again")
             finally:
-                _fail(job, _overloaded())  # only if nobody answered: we are being closed
+                _fail(job, _overloaded())  # only where nobody answered: it was not this picture's fault
 
     async def _run(self, job: _Job, process: DecodeProcess) -> bool:
         """Answers the job; False if the process cannot be used any more."""

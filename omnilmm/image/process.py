@@ -48,19 +48,7 @@ class DecodeProcess:
         Raises:
             StartupError: it could not be started; its own complaint, if any, is on our standard error.
         """
-        command = [sys.executable, "-P", "-m", "omnilmm.image.worker", json.dumps(asdict(limits)), str(os.getpid())]
-        try:
-            process = await asyncio.create_subprocess_exec(
-                *command,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                limit=_PIECE_BYTES,
-                env={"PYTHONPATH": _import_path()},
-                start_new_session=True,  # Ctrl-C in a terminal is for the parent alone
-            )
-        except OSError:
-            raise StartupError("A decode process could not be started.") from None
-        child = cls(process)
+        child = cls(await _spawn(limits))
         try:
             async with asyncio.timeout(_START_TIMEOUT_S):
                 await child._read_frame(max_payload=0)
@@ -99,12 +87,17 @@ class DecodeProcess:
         raise ImageError(message, code=code)
 
     async def close(self) -> None:
-        """Kills the child if it still runs and waits until nothing of it is left."""
-        if self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
-        self._requests.transport.abort()
-        await self._process.communicate()  # reads what is left, or the pipe would never be found closed
+        """Kills the child if it still runs and waits until nothing of it is left, cancelled or not."""
+        _kill(self._process)
+        if not self._requests.transport.is_closing():
+            self._requests.transport.abort()
+        # Reads what is left, or the pipe would never be found closed.
+        ending = asyncio.ensure_future(self._process.communicate())
+        try:
+            await asyncio.shield(ending)
+        except asyncio.CancelledError:
+            await asyncio.wait({ending})
+            raise
 
     async def _write_frame(self, head: bytes, payload: bytes) -> None:
         try:
@@ -126,6 +119,36 @@ class DecodeProcess:
             return fields, await self._answers.readexactly(payload_bytes)
         except (asyncio.IncompleteReadError, ConnectionError, frames.BadFrame):
             raise ProcessLost from None
+
+
+async def _spawn(limits: ImageLimits) -> asyncio.subprocess.Process:
+    """A child that has just been started. A cancellation waits until it can be taken back without a trace."""
+    command = [sys.executable, "-P", "-m", "omnilmm.image.worker", json.dumps(asdict(limits)), str(os.getpid())]
+    spawning = asyncio.ensure_future(
+        asyncio.create_subprocess_exec(
+            *command,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            limit=_PIECE_BYTES,
+            env={"PYTHONPATH": _import_path()},
+            start_new_session=True,  # Ctrl-C in a terminal is for the parent alone
+        )
+    )
+    try:
+        return await asyncio.shield(spawning)
+    except OSError:
+        raise StartupError("A decode process could not be started.") from None
+    except asyncio.CancelledError:
+        await asyncio.wait({spawning})
+        if spawning.exception() is None:
+            await DecodeProcess(spawning.result()).close()
+        raise
+
+
+def _kill(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            process.kill()
 
 
 def _import_path() -> str:

@@ -80,15 +80,14 @@ def too_long(max_tokens: int) -> ContextLengthExceeded:
 
 
 def find_spans(vocabulary: Vocabulary, block: Block, ids: Sequence[int]) -> tuple[Span, ...] | None:
-    """Where the originals would put vectors: behind each start token, if an end token follows the patches.
+    """Where the originals would put vectors: behind each start token. None if there are more or fewer end tokens.
 
-    They look for the two tokens only (omnilmm.py: the loop over image_start_tokens; modeling_minicpmv.py:
-    image_bound) and not at the patches between. None where they would fail: a start without its end or the reverse.
+    They look for these two tokens and not at the patches between (omnilmm.py: the loop over image_start_tokens;
+    modeling_minicpmv.py: image_bound). As many starts as pictures means that all of them are the template's own.
     """
     start, end = vocabulary.control_id(block.start), vocabulary.control_id(block.end)
     starts = [position for position, token_id in enumerate(ids) if token_id == start]
-    ends = [position for position, token_id in enumerate(ids) if token_id == end]
-    if ends != [position + block.length + 1 for position in starts]:
+    if len(starts) != sum(token_id == end for token_id in ids):
         return None
     return tuple(Span(position + 1, block.length, image) for image, position in enumerate(starts))
 
@@ -211,7 +210,7 @@ def _covers(piece: Piece, offsets: Sequence[int]) -> bool:
 
 def _other_spelling(vocabulary: Vocabulary, mark: str) -> Speller:
     """How to spell typed text that holds `mark` so that it differs from every way the template's own comes out."""
-    usual = {tuple(_mark_ids(vocabulary, before, mark)) for before in ("", " ", "\n", "a", ">")}
+    usual = {tuple(_mark_ids(vocabulary, before, mark)) for before in ("", "\n", ">")}
     spellers: tuple[Speller, ...] = (vocabulary.spell, vocabulary.spell_bytes)
     for speller in spellers:
         if tuple(speller(mark.encode())) not in usual:

@@ -125,16 +125,18 @@ class SentencePieceVocabulary(Vocabulary):
         byte_ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in range(NUM_BYTES)]
         if not all(map(processor.is_byte, byte_ids)):
             raise CheckpointError(f"{path} has no byte fallback: text outside its vocabulary would be lost.")
-        specials = _with_named(declared, {piece: index for index, piece in enumerate(pieces)})
+        bos = _framing(pieces, declared.bos, processor.bos_id())
+        eos = _framing(pieces, declared.eos, processor.eos_id())
+        names = (*declared.names, bos, eos, pieces[processor.unk_id()])
+        specials = _with_named(declared.added, names, {piece: index for index, piece in enumerate(pieces)})
         probe = _SHRINK_PROBE.replace(" ", _META_SPACE)
-        bos, eos = (declared.bos, processor.bos_id()), (declared.eos, processor.eos_id())
         super().__init__(
             spellings=_overlaid(path, [_spelling(piece) for piece in pieces], specials),
             byte_ids=byte_ids,
             char_ids=_char_ids(enumerate(pieces), specials),
             specials=specials,
-            bos=_framing(pieces, *bos),
-            eos=_framing(pieces, *eos),
+            bos=bos,
+            eos=eos,
             adds_bos=declared.adds_bos,
             drops_first_space=processor.normalize("x").startswith(_META_SPACE),
             replaces_each_byte=True,
@@ -148,11 +150,11 @@ class SentencePieceVocabulary(Vocabulary):
         return [Piece(i, *offsets) for i, offsets in zip(encoded["ids"], encoded["offsets"], strict=True)]
 
 
-def _with_named(declared: _Declared, ids: Mapping[str, int]) -> tuple[Special, ...]:
-    """The added tokens, and those that are named special and stand among the pieces."""
-    known = {special.text for special in declared.added}
-    names = dict.fromkeys(name for name in declared.names if name not in known and name in ids)
-    return (*declared.added, *(Special(ids[name], name, control=True) for name in names))
+def _with_named(added: tuple[Special, ...], names: Iterable[str | None], ids: Mapping[str, int]) -> tuple[Special, ...]:
+    """The added tokens, and those that are special by name and stand among the pieces."""
+    known = {special.text for special in added}
+    missing = dict.fromkeys(name for name in names if name in ids and name not in known)
+    return (*added, *(Special(ids[name], name, control=True) for name in missing if name))
 
 
 def _overlaid(path: Path, spellings: list[bytes], specials: Iterable[Special]) -> list[bytes]:

@@ -55,6 +55,8 @@ def cpu_ms(body: bytes) -> float:
         (rb'{"a\"b":{"c\\":"\\\""}}', {'a"b': {"c\\": '\\"'}}),
         (b'{"a":"[[[[{{{{,,,,::::"}', {"a": "[[[[{{{{,,,,::::"}),
         (b'{"a":"' + b'\\"' * 5000 + b'","b":"' + b"[" * 5000 + b'"}', {"a": '"' * 5000, "b": "[" * 5000}),
+        (b'{"a":"' + b"x" * 2000 + b'\\"' + b"[" * 50 + b':"}', {"a": "x" * 2000 + '"' + "[" * 50 + ":"}),
+        (b'{"a":"' + b"x" * 2000 + b'\\\\","b":"' + b"[" * 50 + b':"}', {"a": "x" * 2000 + "\\", "b": "[" * 50 + ":"}),
         (b'{"a":' + str(MAX_INTEGER).encode() + b',"b":-' + str(MAX_INTEGER).encode() + b"}", None),
         (b'{"a":' + b"[" * (MAX_DEPTH - 1) + b"]" * (MAX_DEPTH - 1) + b"}", None),
     ],
@@ -222,7 +224,21 @@ text = st.text(max_size=20)
 numbers = st.one_of(
     st.integers(-(10**22), 10**22), st.floats(allow_nan=False, allow_infinity=False), st.sampled_from([MAX_INTEGER, 0])
 )
-awkward = ['"', "\\", '\\"', "\ud7ff", "NaN", "]}", "x" * 1023, "x" * 1024, '"' * 63, '"' * 65, "\\" * 70, "é" * 3000]
+awkward = [
+    '"',
+    "\\",
+    '\\"',
+    "\ud7ff",
+    "NaN",
+    "]}",
+    "x" * 1023,
+    "x" * 1024,
+    '"' * 63,
+    '"' * 65,
+    "\\" * 70,
+    "é" * 3000,
+    "x" * 2000 + '"[{:',
+]
 values = st.recursive(
     st.one_of(st.none(), st.booleans(), numbers, text, st.sampled_from(awkward)),
     lambda inner: st.one_of(st.lists(inner, max_size=4), st.dictionaries(text, inner, max_size=4)),

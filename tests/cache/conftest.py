@@ -62,9 +62,12 @@ async def make_tier(recorder: Recorder, clock: HandClock) -> AsyncIterator:
         return tiers[-1]
 
     yield make
-    for tier in tiers:
-        tier.check_integrity()
-        await tier.aclose()
+    try:
+        for tier in tiers:
+            tier.check_integrity()
+    finally:
+        for tier in tiers:
+            await tier.aclose()
 
 
 @pytest.fixture
@@ -78,9 +81,12 @@ async def make_store(recorder: Recorder, clock: HandClock) -> AsyncIterator:
         return stores[-1]
 
     yield make
-    for store in stores:
-        store.check_integrity()
-        await store.aclose()
+    try:
+        for store in stores:
+            store.check_integrity()
+    finally:
+        for store in stores:
+            await store.aclose()
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ async def pool() -> AsyncIterator[DecodePool]:
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(30):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - other processes set no event
             await asyncio.sleep(0.001)
 
 

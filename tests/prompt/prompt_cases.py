@@ -129,3 +129,16 @@ def set_config(folder: Path, **changes: object) -> None:
     path = folder / "tokenizer_config.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     path.write_text(json.dumps({**known, **changes}), encoding="utf-8")
+
+
+def make_metaspace(folder: Path, prepend_scheme: str, *, byte_pieces: bool = True) -> Path:
+    """The 12B's pieces under the Metaspace rule that newer Llama checkpoints use."""
+    layout = json.loads((OMNI / "tokenizer.json").read_text(encoding="utf-8"))
+    space = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": prepend_scheme, "split": False}
+    layout |= {"normalizer": None, "pre_tokenizer": space}
+    if not byte_pieces:
+        layout["model"]["vocab"] = {("x" * i if p == "<0x41>" else p): i for p, i in layout["model"]["vocab"].items()}
+    (folder / "tokenizer.json").write_text(json.dumps(layout), encoding="utf-8")
+    config = json.loads((OMNI / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"legacy": False}), encoding="utf-8")
+    return folder

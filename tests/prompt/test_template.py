@@ -11,6 +11,7 @@ from prompt_cases import MINICPM, OMNI, golden_conversation, goldens, hostile_te
 from omnilmm.config import Family, InputHandling
 from omnilmm.errors import CheckpointError, ContextLengthExceeded, InvalidRequest
 from omnilmm.messages import Conversation, Span
+from omnilmm.prompt.segments import check_fits
 from omnilmm.prompt.template import (
     OMNILMM_SYSTEM,
     BeamDefaults,
@@ -191,7 +192,7 @@ def test_the_12b_placeholder_in_safe_handling(omni, conversation, words):
 def test_the_12b_placeholder_in_original_handling(omni):
     assert layout(omni, user(1, "see <image> there"), ORIGINAL).endswith("<|user|>\nsee [0] there</s>\n<|assistant|>\n")
     assert layout(omni, user(1, "see <im", "age> there"), ORIGINAL).endswith("see [0] there</s>\n<|assistant|>\n")
-    several = Conversation((turn("user", 1, "<image>\na"), turn("user", 1, "<image>b")))
+    several = Conversation((turn("user", 1, "a <image>"), turn("user", 1, "<image>b")))
     assert layout(omni, several, ORIGINAL) == layout(omni, several, SAFE)
 
 
@@ -282,7 +283,10 @@ def test_a_hopeless_text_is_refused_without_being_encoded(omni, monkeypatch, tex
 
 def test_the_early_refusal_never_hits_a_prompt_that_fits(omni):
     """The longest token over and over: as few ids per byte as there can be."""
-    text = "<im_patch>" * 500
+    check_fits(omni.tokenizer, "<im_patch>" * 7, 7)
+    with pytest.raises(ContextLengthExceeded):
+        check_fits(omni.tokenizer, "<im_patch>" * 7, 6)
+    text = "<im_patch>" * 5000
     prompt = omni.render(user(text), ORIGINAL)
     assert omni.render(user(text), ORIGINAL, max_tokens=len(prompt.ids)) == prompt
 

@@ -1,11 +1,10 @@
 """Both kinds of tokenizer file: the ids of the library that made them, offsets, spellings, and clear refusals."""
 
-import json
 import shutil
 
 import pytest
 from hypothesis import given
-from prompt_cases import CONTROL_STRINGS, MINICPM, OMNI, hostile_text, plain_text, quick
+from prompt_cases import CONTROL_STRINGS, MINICPM, OMNI, hostile_text, make_metaspace, plain_text, quick
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
@@ -52,6 +51,19 @@ def test_ids_beyond_the_vocabulary_spell_nothing(omni):
     assert omni.tokenizer.token_bytes(-1) == b""
 
 
+def test_the_longest_of_two_special_tokens_wins(tmp_path):
+    shutil.copy(OMNI / "tokenizer.model", tmp_path)
+    (tmp_path / "added_tokens.json").write_text('{"<x>": 640, "<x>y": 641}', encoding="utf-8")
+    assert load_tokenizer(tmp_path).encode_parsed("<x>y<x>") == [641, 640]
+
+
+def test_a_character_that_is_a_control_token_is_spelled_in_bytes(tmp_path, configure, omni):
+    shutil.copy(OMNI / "tokenizer.model", tmp_path)
+    (z,) = omni.tokenizer.spell(b"z")
+    configure(tmp_path, added_tokens_decoder={str(z): {"content": "z", "special": True}})
+    assert load_tokenizer(tmp_path).spell(b"z") == omni.tokenizer.spell_bytes(b"z")
+
+
 # -- tokenizer.json -----------------------------------------------------------------------------------
 
 
@@ -66,19 +78,6 @@ def test_a_byte_level_tokenizer(byte_level):
     pieces = tokenizer.encode_text(text)
     assert b"".join(tokenizer.token_bytes(p.id) for p in pieces) == text.encode()
     assert not tokenizer.control_ids.intersection(p.id for p in pieces)
-
-
-def make_metaspace(folder, prepend_scheme, *, byte_pieces=True):
-    """The 12B's pieces under the Metaspace rule that newer Llama checkpoints use."""
-    layout = json.loads((OMNI / "tokenizer.json").read_text(encoding="utf-8"))
-    space = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": prepend_scheme, "split": False}
-    layout |= {"normalizer": None, "pre_tokenizer": space}
-    if not byte_pieces:
-        layout["model"]["vocab"] = {("x" * i if p == "<0x41>" else p): i for p, i in layout["model"]["vocab"].items()}
-    (folder / "tokenizer.json").write_text(json.dumps(layout), encoding="utf-8")
-    config = json.loads((OMNI / "tokenizer_config.json").read_text(encoding="utf-8"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"legacy": False}), encoding="utf-8")
-    return folder
 
 
 def test_the_json_of_the_12b_gives_what_its_sentencepiece_model_gives(tmp_path, omni):

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from engine_fakes import CONFIG, make_model
+from torch.testing import assert_close
+
+from omnilmm.engine import batch as module
+from omnilmm.engine.batch import GatheredAttend, build_batch
+from omnilmm.engine.kv import PagedKV
+from omnilmm.engine.plan import Draw, Row
+from omnilmm.messages import Sampling
+from omnilmm.models.attention import attention_reference
+
+CPU = torch.device("cpu")
+SIZE = CONFIG.block_size
+DRAW = Draw(Sampling(1), 0)
+
+
+def make_kv(model=None) -> PagedKV:
+    return PagedKV(CONFIG, (model or make_model()).config, dtype=torch.float32, device=CPU)
+
+
+def make_row(sequence_id: int, start: int, num_tokens: int, block_ids: tuple[int, ...]) -> Row:
+    return Row(sequence_id, tuple(range(start, start + num_tokens)), start, block_ids, draw=DRAW)
+
+
+ROWS = [
+    make_row(0, 5, 6, (9, 4, 7)),  # a chunk behind a prefix
+    make_row(1, 6, 1, (1, 2)),
+    make_row(2, 0, 3, (20,)),  # a chunk at the beginning
+    make_row(3, 14, 1, (30, 3, 31, 12)),
+    make_row(4, 0, 1, (40,)),
+]
+
+
+def test_tokens_stand_where_the_batch_says():
+    batch = build_batch(ROWS, block_size=SIZE, device=CPU)
+    assert [row.sequence_id for row in batch.rows] == [3, 1, 4, 0, 2]  # decodes first, longest first
+    assert batch.firsts == (0, 1, 2, 3, 9)
+    assert batch.lasts.tolist() == [0, 1, 2, 8, 11]
+    assert batch.positions.tolist() == [14, 6, 0, 5, 6, 7, 8, 9, 10, 0, 1, 2]
+    assert batch.ids.tolist() == batch.positions.tolist()
+    assert batch.slots.tolist()[:3] == [12 * SIZE + 2, 2 * SIZE + 2, 40 * SIZE]
+    assert batch.slots.tolist()[3:6] == [4 * SIZE + 1, 4 * SIZE + 2, 4 * SIZE + 3]
+    assert batch.slots.tolist()[6:] == [7 * SIZE, 7 * SIZE + 1, 7 * SIZE + 2, 20 * SIZE, 20 * SIZE + 1, 20 * SIZE + 2]
+    assert batch.drawing.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_only_rows_that_end_their_sequence_draw():
+    rows = [make_row(0, 0, 2, (0,)), Row(1, (5, 6, 7), 0, (1,)), make_row(2, 3, 1, (2,))]
+    batch = build_batch(rows, block_size=SIZE, device=CPU)
+    assert [batch.rows[index].sequence_id for index in batch.drawing.tolist()] == [2, 0]
+
+
+@pytest.mark.parametrize("max_padding", [0, 1024])
+def test_attention_reads_each_rows_own_past_and_no_foreign_slot(max_padding, monkeypatch):
+    monkeypatch.setattr(module, "MAX_PADDING", max_padding)
+    generator = torch.Generator().manual_seed(1)
+    kv = make_kv()
+    for tensor in (kv._keys, kv._values):
+        tensor.fill_(torch.nan)  # whatever is read without having been written shows
+    batch = build_batch(ROWS, block_size=SIZE, device=CPU)
+    past = {row.sequence_id: torch.randn(2, row.end, 2, 8, generator=generator) for row in ROWS}
+    for row in ROWS:
+        if row.start:
+            slots = torch.tensor([row.block_ids[p // SIZE] * SIZE + p % SIZE for p in range(row.start)])
+            kv.write(1, slots, past[row.sequence_id][0, : row.start], past[row.sequence_id][1, : row.start])
+    q = torch.randn(12, 4, 8, generator=generator)
+    k = torch.cat([past[row.sequence_id][0, row.start :] for row in batch.rows])
+    v = torch.cat([past[row.sequence_id][1, row.start :] for row in batch.rows])
+    out = GatheredAttend(batch, kv)(1, q, k, v)
+    assert out.shape == q.shape
+    for row, first in zip(batch.rows, batch.firsts, strict=True):
+        keys, values = past[row.sequence_id].transpose(1, 2).unsqueeze(1)  # each (1, kv_heads, end, head_dim)
+        queries = q[first : first + row.num_tokens].transpose(0, 1).unsqueeze(0)
+        mask = torch.ones(row.num_tokens, row.end, dtype=torch.bool).tril(row.start)
+        expected = attention_reference(queries, keys, values, scale=8**-0.5, mask=mask)
+        assert_close(out[first : first + row.num_tokens], expected[0].transpose(0, 1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "expected"),
+    [
+        ([], []),
+        ([9], [(0, 1)]),
+        ([9, 9, 8], [(0, 3)]),
+        ([2000, 1500, 300, 290], [(0, 2), (2, 4)]),
+        ([3000, 20, 10], [(0, 1), (1, 3)]),
+    ],
+)
+def test_lengths_are_grouped_until_padding_costs_more_than_a_call(lengths, expected):
+    assert list(module._similar(lengths)) == expected
+
+
+def test_slots_keep_what_was_written():
+    kv = make_kv()
+    k, v = torch.randn(2, 3, 2, 8)
+    kv.write(0, torch.tensor([5, 2, 9]), k, v)
+    scratch = kv.new_scratch(4)
+    keys, values = kv.read(0, torch.tensor([9, 5, 5]), scratch)
+    assert torch.equal(keys, k[[2, 0, 0]])
+    assert torch.equal(values, v[[2, 0, 0]])
+    layer_keys, layer_values = kv.blocks(0)
+    assert layer_keys.shape == layer_values.shape == (CONFIG.num_blocks, SIZE, 2, 8)
+    assert torch.equal(layer_keys[9 // SIZE, 9 % SIZE], k[2])
+    assert not kv.blocks(1)[0].any()
