@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omnilmm.errors import ConfigError, StartupError
 from omnilmm.tenancy.keys import is_loopback
@@ -165,7 +165,7 @@ class LocalCluster:
 
         from deployments.stores import ACTOR_NAME, NAMESPACE
 
-        actor = ray.get_actor(ACTOR_NAME, namespace=NAMESPACE)
+        actor: Any = ray.get_actor(ACTOR_NAME, namespace=NAMESPACE)
         ray.wait([actor.stop.remote()], timeout=3)
         ray.kill(actor)
 

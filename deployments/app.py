@@ -74,6 +74,7 @@ def _autoscaling(wanted: Autoscaling) -> AutoscalingConfig:
         max_replicas=wanted.max_replicas,
         initial_replicas=wanted.initial_replicas,
         target_ongoing_requests=wanted.target_ongoing_requests,
+        look_back_period_s=wanted.look_back_period_s,
         upscale_delay_s=wanted.upscale_delay_s,
         downscale_delay_s=wanted.downscale_delay_s,
     )

@@ -6,8 +6,6 @@ import dataclasses
 import os
 from collections.abc import AsyncGenerator
 
-from omnilmm.engine.loop import EngineLoop
-
 from deployments.settings import Cache, Model
 from deployments.stores import open_store
 from deployments.telemetry import ServeObserver
@@ -15,8 +13,9 @@ from omnilmm.errors import ReplicaLost
 from omnilmm.messages import GenerateCall, Prompt, Sampling, TokenBatch
 from omnilmm.models.checkpoint import resolve_checkpoint
 from omnilmm.models.config import read_model_config
-from omnilmm.models.device import use_threads
-from omnilmm.pipeline import LocalDecoder, open_engine
+from omnilmm.models.device import pick_device, use_threads
+from omnilmm.models.weights import load_language_model
+from omnilmm.pipeline import LocalDecoder, start_engine
 
 DRAIN_S = 30.0
 """How long a replica that is being retired may take to finish its streams."""
@@ -30,14 +29,9 @@ class Decoder:
         config = read_model_config(folder)
         use_threads(model.decoder.torch_threads)
         observer = ServeObserver()
-        self._loop: EngineLoop = open_engine(
-            folder,
-            config,
-            dtype=model.dtype,
-            device=model.device,
-            engine=model.decoder.engine_config(model.context(config.max_context)),
-            observer=observer,
-        )
+        language = load_language_model(folder, config, dtype=model.dtype, device=pick_device(model.device))
+        room = model.decoder.engine_config(model.context(config.max_context))
+        self._loop = start_engine(language, room, observer)
         self._store = await open_store(cache, observer)
         self._decoder = LocalDecoder(self._loop, self._store)
         await self._rehearse(config.bos_id)

@@ -10,10 +10,10 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -23,13 +23,12 @@ from omnilmm.api.requests import ChatCompletionRequest, parse_chat_request, to_c
 from omnilmm.api.responses import Answer, ChunkWriter, Heading, chat_completion, model_list, model_object
 from omnilmm.api.sse import DONE, MEDIA_TYPE, encode_error, encode_event
 from omnilmm.api.strict_json import require_json
+from omnilmm.config import ImageLimits
 from omnilmm.errors import InvalidRequest, NotFound, OmniError, PayloadTooLarge
+from omnilmm.flow import ChatFlow
 from omnilmm.image.source import read_image_url
 from omnilmm.messages import Delta, Finished, Usage
-from omnilmm.tenancy.keys import Tenant
-
-if TYPE_CHECKING:
-    from deployments.router import Router
+from omnilmm.tenancy.keys import KeyBook, Tenant
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 SESSION = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -37,7 +36,20 @@ SESSION = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 logger = logging.getLogger("ray.serve")
 
 
-def make_app(router: Router) -> FastAPI:
+class Service(Protocol):
+    """What the surface needs of the router behind it. `started` is a Unix time in seconds."""
+
+    keys: KeyBook
+    limits: ImageLimits
+    flows: Mapping[str, ChatFlow]
+    started: int
+    max_body_bytes: int
+    request_timeout_s: float
+
+    async def is_ready(self) -> bool: ...
+
+
+def make_app(service: Service) -> FastAPI:
     """The application of one router replica."""
     app = FastAPI(title="OmniLMM", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_exception_handler(OmniError, _refuse)
@@ -49,30 +61,30 @@ def make_app(router: Router) -> FastAPI:
 
     @app.get("/ready")
     async def ready() -> Response:
-        if await router.is_ready():
+        if await service.is_ready():
             return JSONResponse({"status": "ready"})
         return JSONResponse({"status": "starting"}, status_code=503, headers={"Retry-After": "1"})
 
-    app.include_router(_keyed_routes(app, router))
+    app.include_router(_keyed_routes(app, service))
     return app
 
 
-def _keyed_routes(app: FastAPI, router: Router) -> APIRouter:
+def _keyed_routes(app: FastAPI, service: Service) -> APIRouter:
     def authenticate(request: Request) -> None:
         peer = request.client.host if request.client else None
-        request.state.tenant = router.keys.authenticate(request.headers.getlist("authorization"), peer)
+        request.state.tenant = service.keys.authenticate(request.headers.getlist("authorization"), peer)
 
     routes = APIRouter(dependencies=[Depends(authenticate)])
 
     @routes.post("/v1/chat/completions", openapi_extra=chat_completions_operation())
     async def chat_completions(request: Request) -> Response:
-        return await _Chat(router, request, request.state.tenant).respond()
+        return await _Chat(service, request, request.state.tenant).respond()
 
     @routes.get("/v1/models", openapi_extra=models_operation())
     async def models(request: Request) -> dict[str, Any]:
         allowed = request.state.tenant.models
-        mine = [name for name in router.flows if allowed is None or name in allowed]
-        return dict(model_list(model_object(name, created=router.started) for name in mine))
+        mine = [name for name in service.flows if allowed is None or name in allowed]
+        return dict(model_list(model_object(name, created=service.started) for name in mine))
 
     @routes.get("/openapi.json", include_in_schema=False)
     async def openapi() -> dict[str, Any]:
@@ -91,7 +103,7 @@ def _keyed_routes(app: FastAPI, router: Router) -> APIRouter:
 class _Chat:
     """One call of chat completions, from its bytes to its response."""
 
-    router: Router
+    service: Service
     request: Request
     tenant: Tenant
     begun: float = 0.0
@@ -100,9 +112,9 @@ class _Chat:
         self.begun = time.monotonic()
         headers = self.request.headers
         require_json(headers.get("content-type"), headers.get("content-encoding"))
-        parsed = parse_chat_request(await _read_body(self.request, self.router.settings.router.max_body_bytes))
-        self.tenant.check_model(parsed.model, self.router.flows)
-        limits = self.router.limits
+        parsed = parse_chat_request(await _read_body(self.request, self.service.max_body_bytes))
+        self.tenant.check_model(parsed.model, self.service.flows)
+        limits = self.service.limits
         request_id = _token(headers.get("x-request-id"), REQUEST_ID, "x-request-id") or secrets.token_hex(16)
         chat = to_chat_request(
             parsed,
@@ -111,10 +123,10 @@ class _Chat:
             limits=limits,
             tenant=self.tenant.name,
             scope=self.tenant.scope,
-            timeout_s=self.router.settings.router.request_timeout_s,
+            timeout_s=self.service.request_timeout_s,
         )
         session = _token(headers.get("x-session-id"), SESSION, "x-session-id")
-        flow = self.router.flows[parsed.model]
+        flow = self.service.flows[parsed.model]
         answer = flow.answer(replace(chat, session=session, weight=self.tenant.weight))
         heading = Heading(request_id, parsed.model, int(time.time()), f"fp_{flow.card.fingerprint[:12]}")
         if parsed.stream:

@@ -42,7 +42,8 @@ class Router:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, settings: AppSettings, fingerprints: dict[str, str], pools: Pools
     ) -> None:
-        self.settings = settings
+        self.max_body_bytes = settings.router.max_body_bytes
+        self.request_timeout_s = settings.router.request_timeout_s
         self.keys = settings.key_book()
         self.limits = settings.limits.config()
         self.started = int(time.time())

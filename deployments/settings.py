@@ -33,6 +33,7 @@ class Autoscaling(Settings):
     max_replicas: Annotated[int, Field(ge=1, le=500)] = 1
     initial_replicas: Annotated[int, Field(ge=0, le=500)] | None = None
     target_ongoing_requests: Annotated[float, Field(gt=0, le=10_000)] = 8.0
+    look_back_period_s: Annotated[float, Field(gt=10, le=3600)] = 30.0
     upscale_delay_s: Annotated[float, Field(ge=0, le=3600)] = 5.0
     downscale_delay_s: Annotated[float, Field(ge=0, le=86_400)] = 120.0
 

@@ -20,7 +20,7 @@ import json
 import secrets
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import httpx
 
@@ -41,7 +41,9 @@ from omnilmm.errors import (
     UnsupportedMediaType,
 )
 from omnilmm.messages import ChatRequest, Conversation, Delta, Finished, ImagePart, TextPart, Turn
-from omnilmm.pipeline import Pipeline, Progress
+
+if TYPE_CHECKING:
+    from omnilmm.pipeline import Pipeline, Progress
 
 IMAGE_DECODE_ERROR = "Image decode error"
 """What the originals answer to bytes that are no picture; kept under original input handling."""
@@ -85,6 +87,8 @@ class OmniLMMChat:
         else:
             if model is not None or api_key is not None:
                 raise InvalidRequest("`model` and `api_key` are for a running cluster, not for a checkpoint.")
+            from omnilmm.pipeline import Pipeline  # torch comes with it, which a client of a cluster can do without
+
             self._backend = _Local(
                 Pipeline.load(
                     model_path,
@@ -101,6 +105,7 @@ class OmniLMMChat:
         input: Mapping[str, Any],
         *,
         greedy: bool = False,
+        num_beams: int = 1,
         max_tokens: int | None = None,
         seed: int | None = None,
     ) -> str:
@@ -110,6 +115,8 @@ class OmniLMMChat:
             input: {"image": base64 of a picture file (bytes or str), "question": JSON list of {"role", "content"}
                 messages}. The picture belongs to the first message. Without "image" the chat is about words only.
             greedy: take the likeliest token each time instead of sampling.
+            num_beams: more than 1 searches with so many beams instead, as the original of OmniLMM-3B does (with 3)
+                when told not to sample. For a local checkpoint.
             max_tokens: at most this many; the original's 1024 if not given.
             seed: makes a sampled answer repeatable.
 
@@ -118,6 +125,9 @@ class OmniLMMChat:
             InvalidRequest: the question is not such a list, or too long.
         """
         try:
+            if num_beams > 1:
+                picture, messages = _picture(input.get("image")), _messages(input.get("question"))
+                return self._backend.search(picture, messages, num_beams=num_beams, max_tokens=max_tokens)
             return "".join(self.stream(input, greedy=greedy, max_tokens=max_tokens, seed=seed)).strip()
         except ImageError:
             if self._backend.handling is InputHandling.ORIGINAL:
@@ -192,6 +202,10 @@ class _Backend(Protocol):
         seed: int | None,
     ) -> Iterator[str]: ...
 
+    def search(
+        self, picture: bytes | None, messages: Sequence[Mapping[str, str]], *, num_beams: int, max_tokens: int | None
+    ) -> str: ...
+
     def close(self) -> None: ...
 
 
@@ -230,6 +244,12 @@ class _Local:
                     yield event.text
         finally:
             self._runner.run(answer.aclose())
+
+    def search(
+        self, picture: bytes | None, messages: Sequence[Mapping[str, str]], *, num_beams: int, max_tokens: int | None
+    ) -> str:
+        conversation = _conversation(picture, messages)
+        return self._runner.run(self._pipeline.search(conversation, num_beams=num_beams, max_tokens=max_tokens))
 
     def close(self) -> None:
         self._runner.run(self._pipeline.aclose())
@@ -292,6 +312,11 @@ class _Cluster:
                         raise OmniError(chunk["error"]["message"], code=chunk["error"].get("code"))
                     yield from (choice["delta"].get("content") or "" for choice in chunk["choices"])
         raise OmniError("the stream ended before its end")
+
+    def search(
+        self, picture: bytes | None, messages: Sequence[Mapping[str, str]], *, num_beams: int, max_tokens: int | None
+    ) -> str:
+        raise InvalidRequest("Beam search needs a local checkpoint; a cluster samples or decodes greedily.")
 
     def _model_name(self) -> str:
         if self._model is None:

@@ -21,7 +21,14 @@ from typing import TypeVar
 
 from omnilmm.cache.key import KeyRing
 from omnilmm.config import Family, ImageLimits, ImagePolicy, InputHandling
-from omnilmm.errors import ContextLengthExceeded, DeadlineExceeded, OmniError, Overloaded, ReplicaLost
+from omnilmm.errors import (
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    InvalidRequest,
+    OmniError,
+    Overloaded,
+    ReplicaLost,
+)
 from omnilmm.image.source import check_picture, check_request_pixels, located
 from omnilmm.messages import (
     ChatRequest,
@@ -47,7 +54,7 @@ from omnilmm.messages import (
 )
 from omnilmm.observe import ImageResolved, Observer, RequestFinished, Retried
 from omnilmm.ports import Clock, Decoder, EmbeddingStore, Encoder, Flight, Hit, ImagePreparer, Lease
-from omnilmm.prompt.detokenize import Detokenizer
+from omnilmm.prompt.detokenize import Detokenizer, token_text
 from omnilmm.prompt.template import Template
 
 T = TypeVar("T")
@@ -70,6 +77,7 @@ class ModelCard:
     handling: InputHandling
     policy: ImagePolicy | None
     max_context: int
+    vocab_size: int
     template: Template
 
 
@@ -185,6 +193,8 @@ class ChatFlow:
 
     def _compose(self, request: ChatRequest) -> tuple[Prompt, Sampling]:
         template, card = self.card.template, self.card
+        self._check_ids("logit_bias", [token_id for token_id, _ in request.logit_bias])
+        self._check_ids("stop_token_ids", request.stop_ids)
         prompt = template.render(request.conversation, card.handling, max_tokens=card.max_context)
         room = card.max_context - len(prompt.ids)
         defaults = template.defaults
@@ -213,12 +223,16 @@ class ChatFlow:
             logprobs=request.logprobs,
         )
 
+    def _check_ids(self, param: str, ids: Sequence[int]) -> None:
+        if any(not 0 <= token_id < self.card.vocab_size for token_id in ids):
+            raise InvalidRequest(f"Token ids of this model are below {self.card.vocab_size}.", param=param)
+
     async def _spell(
         self, request: ChatRequest, batches: AsyncGenerator[TokenBatch, None], progress: _Progress
     ) -> AsyncGenerator[Delta, None]:
         """Tokens to text: whole characters, stop strings cut, log-probabilities kept beside their text."""
         tokenizer = self.card.template.tokenizer
-        words = Detokenizer(tokenizer, skip_special=True, stop=request.stop)
+        words = Detokenizer(tokenizer, skip_special=self.card.template.skip_special, stop=request.stop)
         held: list[TextLogprob] = []
         async for batch in batches:
             stopped_by_id = batch.finish is FinishReason.STOP
@@ -235,12 +249,9 @@ class ChatFlow:
                 return
 
     def _describe(self, token_id: int, logprob: TokenLogprob) -> TextLogprob:
-        def spell(i: int) -> tuple[str, bytes]:
-            raw = self.card.template.tokenizer.token_bytes(i)
-            return raw.decode("utf-8", errors="replace"), raw
-
-        text, raw = spell(token_id)
-        return TextLogprob(text, raw, logprob.logprob, tuple((*spell(i), value) for i, value in logprob.top))
+        tokenizer = self.card.template.tokenizer
+        top = tuple((*token_text(tokenizer, i), value) for i, value in logprob.top)
+        return TextLogprob(*token_text(tokenizer, token_id), logprob.logprob, top)
 
     # -- pictures -------------------------------------------------------------------------------------
 
@@ -358,7 +369,7 @@ class ChatFlow:
             missing: tuple[str, ...] = ()
             try:
                 stream = self._decoder.generate(call, affinity=_affinity(request, pictures))
-                async with aclosing(stream):  # type: ignore[type-var]
+                async with aclosing(stream):
                     async for batch in stream:
                         missing = batch.missing
                         if missing:

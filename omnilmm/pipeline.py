@@ -21,14 +21,31 @@ from omnilmm.engine.loop import EngineLoop
 from omnilmm.engine.runner import ModelRunner
 from omnilmm.flow import ChatFlow, ModelCard
 from omnilmm.image.pool import InlinePreparer
-from omnilmm.messages import ChatRequest, Delta, Encoded, Finished, GenerateCall, PreparedImage, TokenBatch
+from omnilmm.messages import (
+    ChatRequest,
+    Conversation,
+    Delta,
+    Embedding,
+    Encoded,
+    Finished,
+    GenerateCall,
+    ImagePart,
+    PreparedImage,
+    TokenBatch,
+)
+from omnilmm.models.beam import beam_search
 from omnilmm.models.checkpoint import resolve_checkpoint
 from omnilmm.models.config import ModelConfig, read_model_config
+from omnilmm.models.decoder import LanguageModel
 from omnilmm.models.device import pick_device
+from omnilmm.models.merge import merge_pictures
 from omnilmm.models.weights import encoder_fingerprint, load_encoder, load_language_model
 from omnilmm.observe import Observer, Silent
 from omnilmm.ports import EmbeddingStore
+from omnilmm.prompt.detokenize import answer_text
 from omnilmm.prompt.template import load_template
+
+SEARCH_TIMEOUT_S = 300.0
 
 Progress = Callable[[int, int], None]
 """Told bytes loaded so far and in all."""
@@ -90,24 +107,14 @@ def read_card(
         handling=handling,
         policy=config.image_policy(handling) if config.vision is not None else None,
         max_context=max_context,
+        vocab_size=config.language.vocab_size,
         template=load_template(config.family, folder, num_image_tokens=config.num_image_tokens),
     )
 
 
-def open_engine(
-    folder: Path,
-    config: ModelConfig,
-    *,
-    dtype: str,
-    device: str,
-    engine: EngineConfig,
-    observer: Observer,
-    progress: Progress | None = None,
-) -> EngineLoop:
-    """Load the language model and start its engine. The caller stops it."""
-    device = pick_device(device)
-    model = load_language_model(folder, config, dtype=dtype, device=device, progress=progress)
-    loop = EngineLoop(Engine(ModelRunner(model, engine), engine), observer=observer)
+def start_engine(model: LanguageModel, config: EngineConfig, observer: Observer) -> EngineLoop:
+    """An engine loop over a loaded language model, started. The caller stops it."""
+    loop = EngineLoop(Engine(ModelRunner(model, config), config), observer=observer)
     loop.start()
     return loop
 
@@ -121,11 +128,12 @@ class Pipeline:
 
     card: ModelCard
     config: ModelConfig
-    folder: Path
+    language: LanguageModel
     flow: ChatFlow
     engine: EngineLoop
     encoder: EncoderLoop | None
     store: TieredStore
+    preparer: InlinePreparer
 
     @classmethod
     def load(
@@ -170,13 +178,13 @@ class Pipeline:
             tower = load_encoder(folder, config, dtype=dtype, device=pick_device(device), progress=progress)
             vision = EncoderLoop(VisionEncoder(tower, card.policy), EncoderConfig(), observer)
             vision.start()
-        loop = open_engine(
-            folder, config, dtype=dtype, device=device, engine=engine, observer=observer, progress=progress
-        )
+        language = load_language_model(folder, config, dtype=dtype, device=pick_device(device), progress=progress)
+        loop = start_engine(language, engine, observer)
         limits = limits or ImageLimits()
+        preparer = InlinePreparer(limits)
         flow = ChatFlow(
             card,
-            preparer=InlinePreparer(limits),
+            preparer=preparer,
             store=store,
             encoder=LocalEncoder(vision, store) if vision is not None else NoEncoder(),
             decoder=LocalDecoder(loop, store),
@@ -185,10 +193,37 @@ class Pipeline:
             observer=observer,
             clock=SystemClock(),
         )
-        return cls(card, config, folder, flow, loop, vision, store)
+        return cls(card, config, language, flow, loop, vision, store, preparer)
 
     def answer(self, request: ChatRequest) -> AsyncGenerator[Delta | Finished, None]:
         return self.flow.answer(request)
+
+    async def search(self, conversation: Conversation, *, num_beams: int, max_tokens: int | None = None) -> str:
+        """The answer of beam search, the originals' way when they do not sample. Nothing else runs meanwhile.
+
+        Raises:
+            InvalidRequest and its kin: as for `answer`.
+        """
+        defaults = self.card.template.defaults
+        room = self.card.max_context - (max_tokens or 1)
+        prompt = self.card.template.render(conversation, self.card.handling, max_tokens=room)
+        embeddings = [await self._vectors_of(part) for part in conversation.images]
+        ids, _ = beam_search(
+            self.language,
+            merge_pictures(self.language, prompt.ids, prompt.spans, embeddings),
+            num_beams=num_beams,
+            max_tokens=min(max_tokens or defaults.max_tokens, self.card.max_context - len(prompt.ids)),
+            eos_ids=self.card.template.eos_ids,
+            repetition_penalty=(defaults.beams or defaults).repetition_penalty,
+            bos_id=self.config.bos_id,
+        )
+        return answer_text(self.card.template.tokenizer, ids, self.card.family)
+
+    async def _vectors_of(self, part: ImagePart) -> Embedding:
+        assert self.encoder is not None
+        assert self.card.policy is not None
+        prepared = await self.preparer.prepare(part.data, policy=self.card.policy, param=part.param)
+        return await self.encoder.encode(prepared, timeout_s=SEARCH_TIMEOUT_S)
 
     async def aclose(self) -> None:
         if self.encoder is not None:

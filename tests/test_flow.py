@@ -125,6 +125,7 @@ def card(data):
         handling=InputHandling.SAFE,
         policy=ImagePolicy(28, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
         max_context=200,
+        vocab_size=820,
         template=load_template(Family.OMNILMM_3B, folder),
     )
 

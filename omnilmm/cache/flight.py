@@ -17,7 +17,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -88,7 +88,8 @@ class Flights:
     def __init__(self, redis: RedisTier | None, lease_s: float) -> None:
         self._redis = redis
         self._lease_s = lease_s
-        self._token = secrets.token_hex(16).encode()  # names this process as a holder
+        self.token = secrets.token_hex(16).encode()
+        """Names this process as the holder of a lease."""
         # Weak, so that a lease its holder lost does not block its key for ever.
         self._leases: weakref.WeakValueDictionary[str, StoreLease] = weakref.WeakValueDictionary()
         self._heartbeats: dict[Outcome, asyncio.Task[None]] = {}
@@ -97,69 +98,67 @@ class Flights:
 
     # -- taking part ----------------------------------------------------------------------------------
 
+    def can_join(self, key: str) -> bool:
+        """Whether this process encodes `key` now."""
+        return key in self._leases
+
     def try_join(self, key: str) -> StoreFlight | None:
         """Follow a lease of this process, if there is one."""
         lease = self._leases.get(key)
         return None if lease is None else StoreFlight(self, key, lease.outcome)
 
-    async def claim(self, keys: Sequence[str]) -> list[KeyState | None]:
-        """Try for the leases of `keys` in Redis; None for a key about which Redis does not answer."""
-        states = None
-        if self._redis is not None and keys:
-            states = await self._redis.claim(keys, self._token, self._lease_s)
-        return [None] * len(keys) if states is None else states
-
     def take(self, key: str, state: KeyState | None) -> StoreLease | StoreFlight:
-        """Lead or follow, given what `claim` said."""
+        """Lead or follow, given how the key stands; None means that Redis does not say."""
         joined = self.try_join(key)
         if joined is not None:
             return joined
-        # A lease in our name that no one here holds is ours to take: a concurrent lookup's whose answer is still
-        # under way, or one we could not give back when Redis was out.
-        if state is None or state.holder == self._token:
-            return self._lead(key)
+        if state is None:
+            return self._lead(key, renew=False)
+        if state.holder == self.token:
+            # Not new, and no one here holds it: a leftover of ours, from when Redis was out. It may soon expire.
+            return self._lead(key, renew=not state.is_new)
         return StoreFlight(self, key, None)
-
-    async def give_back(self, keys: Iterable[str]) -> None:
-        """Undo claims that led to no lease here: the value was there after all, or the caller is gone."""
-        for key in keys:
-            if self._redis is not None and key not in self._leases:
-                await self._redis.drop_lease(key, self._token)
 
     # -- leading --------------------------------------------------------------------------------------
 
-    def _lead(self, key: str) -> StoreLease:
+    def _lead(self, key: str, *, renew: bool) -> StoreLease:
         lease = StoreLease(self, key)
         self._leases[key] = lease
-        heartbeat = self._beat(weakref.ref(lease), key, lease.outcome)
+        heartbeat = self._beat(weakref.ref(lease), key, lease.outcome, renew)
         self._heartbeats[lease.outcome] = asyncio.create_task(heartbeat, name=f"heartbeat {key}")
         return lease
 
-    async def _beat(self, lease: weakref.ref[StoreLease], key: str, outcome: Outcome) -> None:
+    async def _beat(self, lease: weakref.ref[StoreLease], key: str, outcome: Outcome, renew: bool) -> None:
         while True:
+            if renew and self._redis is not None:
+                await self._redis.keep_lease(key, self.token, self._lease_s)
             await asyncio.sleep(self._lease_s / 3)
+            renew = True
             if lease() is None:
                 self._heartbeats.pop(outcome, None)
-                if not outcome.done():
-                    outcome.set_result(None)
+                outcome.set_result(None)
                 return
-            if self._redis is not None:
-                await self._redis.keep_lease(key, self._token, self._lease_s)
 
     async def end(self, lease: StoreLease, encoded: Encoded | None) -> None:
-        """Wake the followers here at once, then those elsewhere."""
-        if lease.outcome.done():
-            return
-        lease.outcome.set_result(encoded)
-        if self._leases.get(lease.key) is lease:
-            del self._leases[lease.key]
-        self._settle(lease.key, encoded)
-        heartbeat = self._heartbeats.pop(lease.outcome)
-        heartbeat.cancel()
-        await asyncio.wait({heartbeat})  # a renewal under way must not outlive the release
-        if self._redis is not None:
-            stored = encoded is not None and encoded.stored
-            await self._redis.end_lease(lease.key, self._token, stored=stored)
+        """Let go in Redis, wake the followers elsewhere, then those here.
+
+        In this order because a follower here that is told to look again could lead at once, in the name of the very
+        lease that is about to be let go.
+        """
+        heartbeat = self._heartbeats.pop(lease.outcome, None)
+        if heartbeat is None:
+            return  # ended before
+        try:
+            heartbeat.cancel()
+            await asyncio.wait({heartbeat})  # a renewal under way must not outlive the release
+            if self._redis is not None:
+                stored = encoded is not None and encoded.stored
+                await self._redis.end_lease(lease.key, self.token, stored=stored)
+        finally:
+            if self._leases.get(lease.key) is lease:
+                del self._leases[lease.key]
+            lease.outcome.set_result(encoded)
+            self._settle(lease.key, encoded)
 
     # -- following another process --------------------------------------------------------------------
 
@@ -219,7 +218,7 @@ class Flights:
         for key, state in zip(keys, states, strict=True):
             if state.stored:
                 self._settle(key, _found_elsewhere())
-            elif state.holder is None or state.holder == self._token:
+            elif state.holder is None or state.holder == self.token:
                 self._settle(key, None)
 
     def _settle(self, key: str, encoded: Encoded | None) -> None:

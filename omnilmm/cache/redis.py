@@ -34,10 +34,14 @@ _WAKE: Final = "omni:wake"
 
 @dataclass(frozen=True, slots=True)
 class KeyState:
-    """What the server says about a key: is there a value, and who holds its lease (None: nobody)."""
+    """What the server says about a key: is there a value, and who holds its lease (None: nobody).
+
+    `is_new`: the lease was taken by the very exchange that brought this answer.
+    """
 
     stored: bool
     holder: bytes | None
+    is_new: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +164,7 @@ class RedisTier:
             return None
         taken, holders, stored = replies[::3], replies[1::3], replies[2::3]
         return [
-            None if isinstance(reply, ResponseError) else _state(holder, value)
+            None if isinstance(reply, ResponseError) else _state(holder, value, is_new=reply == b"OK")
             for reply, holder, value in zip(taken, holders, stored, strict=True)
         ]
 
@@ -242,8 +246,8 @@ def _look(key: str) -> list[tuple[str, str]]:
     return [("GET", _lease_name(key)), ("TOUCH", _value_name(key))]
 
 
-def _state(holder: object, stored: object) -> KeyState:
-    return KeyState(stored == 1, holder if isinstance(holder, bytes) else None)
+def _state(holder: object, stored: object, *, is_new: bool = False) -> KeyState:
+    return KeyState(stored == 1, holder if isinstance(holder, bytes) else None, is_new)
 
 
 def _value_name(key: str) -> str:

@@ -6,13 +6,13 @@ each process.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Final
 
 from omnilmm.cache.codec import Codec
-from omnilmm.cache.flight import Flights, StoreLease
+from omnilmm.cache.flight import Flights
 from omnilmm.cache.memory import MemoryTier
+from omnilmm.cache.question import Questions
 from omnilmm.cache.redis import RedisTier
 from omnilmm.config import CacheConfig
 from omnilmm.messages import Embedding, PixelIdentity
@@ -51,6 +51,7 @@ class TieredStore:
         self._observer = observer
         self._sole = sole
         self._flights = Flights(redis, config.lease_s)
+        self._questions = None if redis is None else Questions(redis, self._flights, config.lease_s)
 
     @property
     def is_shared(self) -> bool:
@@ -77,30 +78,11 @@ class TieredStore:
                 asked.append(key)
             else:
                 found[key] = flight
-        if asked:
-            found |= await self._ask_redis(asked)
+        if self._questions is None:
+            found |= {key: self._flights.take(key, None) for key in asked}
+        elif asked:
+            found |= await self._questions.ask(asked)
         return {key: found[key] for key in distinct}
-
-    async def _ask_redis(self, keys: list[str]) -> dict[str, Lookup]:
-        are_there = await self._redis.find(keys) if self._redis is not None else None
-        missing = [key for key, is_there in zip(keys, are_there or [False] * len(keys), strict=True) if not is_there]
-        found: dict[str, Lookup] = {key: Hit() for key in keys if key not in missing}
-        try:
-            states = await self._flights.claim(missing)
-            late_hits = [key for key, state in zip(missing, states, strict=True) if state is not None and state.stored]
-            found |= {key: Hit() for key in late_hits}
-            for key, state in zip(missing, states, strict=True):
-                if key not in found:
-                    found[key] = self._flights.take(key, state)
-            await self._flights.give_back(late_hits)
-        except asyncio.CancelledError:
-            # The caller will never see these leases: nobody else may wait for them.
-            for lease in found.values():
-                if isinstance(lease, StoreLease):
-                    await lease.abandon()
-            await self._flights.give_back(missing)
-            raise
-        return found
 
     async def get(self, key: str) -> Embedding | None:
         """The vectors, from the nearest tier that has them. What Redis gave is kept in memory."""
@@ -158,11 +140,15 @@ class TieredStore:
         """Assert that every tier's books are right and that no lease, wait or exchange is open. Call when idle."""
         self._memory.check_integrity()
         self._flights.check_integrity()
+        if self._questions is not None:
+            self._questions.check_integrity()
         if self._redis is not None:
             self._redis.check_integrity()
 
     async def aclose(self) -> None:
         """Abandon what is under way, end every task, close every connection."""
+        if self._questions is not None:
+            await self._questions.aclose()
         await self._flights.aclose()
         if self._redis is not None:
             await self._redis.aclose()

@@ -12,6 +12,7 @@ own and waits; it computes them again later (or finds them in the prefix cache) 
 from __future__ import annotations
 
 import math
+from collections import abc
 
 from omnilmm.config import EngineConfig
 from omnilmm.engine.blocks import BlockManager
@@ -34,6 +35,7 @@ class _Draft:
 
     def __init__(self, budget: int) -> None:
         self.budget = budget  # tokens the step may still compute
+        self.filling: set[bytes] = set()  # digests of the blocks that the step will fill
         self._rows: dict[int, Row] = {}
 
     def __contains__(self, sequence: Sequence) -> bool:
@@ -42,6 +44,7 @@ class _Draft:
     def pay(self, sequence: Sequence) -> None:
         """Compute as much of what the sequence owes as is ready and the budget allows."""
         row = sequence.row(min(sequence.num_payable, self.budget))
+        self.filling.update(digest for _, digest in sequence.fills(row.num_tokens))
         self._rows[sequence.id] = row
         self.budget -= row.num_tokens
 
@@ -140,7 +143,7 @@ class Scheduler:
     def _start_waiting(self, priority: Priority, draft: _Draft) -> bool:
         """Start sequences of a class in turn. False if the next one found no room: then no lower class may start."""
         while draft.budget:
-            sequence = self._next_startable(priority)
+            sequence = self._next_startable(priority, draft)
             if sequence is None:
                 return True
             if not self._try_start(sequence, draft):
@@ -148,12 +151,20 @@ class Scheduler:
             draft.pay(sequence)
         return True
 
-    def _next_startable(self, priority: Priority) -> Sequence | None:
-        """The first in turn with something to pay. One that lacks its very next picture lets the others pass."""
+    def _next_startable(self, priority: Priority, draft: _Draft) -> Sequence | None:
+        """The first in turn with something to pay.
+
+        Two kinds let the others pass: one that lacks its very next picture, and one whose next block is being
+        computed in this very step for another sequence. It will find that block in the pool.
+        """
         for sequence in self._queues[priority].in_turn():
-            num_cached = len(self._find_prefix(sequence)) * self.blocks.block_size
+            digests = self._shareable_digests(sequence)
+            num_found = len(self.blocks.find_prefix(digests))
+            if num_found < len(digests) and digests[num_found] in draft.filling:
+                continue
+            num_cached = num_found * self.blocks.block_size
             if keys := sequence.pictures.take_unasked(num_cached):
-                self._needs.append(Needs(sequence.id, keys))  # its prefix has been given away since it was submitted
+                self._needs.append(Needs(sequence.id, keys))  # given away from the pool since it was submitted
             if sequence.ready_after(num_cached) > num_cached:
                 return sequence
         return None
@@ -183,9 +194,12 @@ class Scheduler:
         return True
 
     def _find_prefix(self, sequence: Sequence) -> list[int]:
-        """Blocks of the pool that hold the beginning of a sequence; its last token is always left to compute."""
-        num_blocks = (sequence.num_tokens - 1) // self.blocks.block_size
-        return self.blocks.find_prefix(sequence.digests(num_blocks))
+        """Blocks of the pool that hold the beginning of a sequence."""
+        return self.blocks.find_prefix(self._shareable_digests(sequence))
+
+    def _shareable_digests(self, sequence: Sequence) -> abc.Sequence[bytes]:
+        """Digests of the blocks it may take from others: its last token is always left to compute, for its logits."""
+        return sequence.digests((sequence.num_tokens - 1) // self.blocks.block_size)
 
     def _in_rank(self) -> list[Sequence]:
         return sorted(self._running.values(), key=_rank)
@@ -205,13 +219,10 @@ class Scheduler:
 
     def advance(self, sequence: Sequence, num_tokens: int) -> None:
         """These tokens were computed: whoever shares the prefix may use the blocks they filled."""
-        size = self.blocks.block_size
-        first_filled = sequence.num_computed // size
+        filled = sequence.fills(num_tokens)
         sequence.num_computed += num_tokens
-        num_filled = sequence.num_computed // size
-        digests = sequence.digests(num_filled)
-        for block in range(first_filled, num_filled):
-            self.blocks.publish(sequence.block_ids[block], digests[block])
+        for block_id, digest in filled:
+            self.blocks.publish(block_id, digest)
 
     def charge_output(self, sequence: Sequence) -> None:
         """A token was drawn for the sequence's tenant."""

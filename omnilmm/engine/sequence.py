@@ -131,6 +131,11 @@ class Sequence:
             self._digests.append(block_digest(self._digests[-1], self._ids[start:end], marks))
         return self._digests[1 : num_blocks + 1]
 
+    def fills(self, num_tokens: int) -> list[tuple[int, bytes]]:
+        """Blocks that become full when the next `num_tokens` are computed, each with its digest."""
+        first, end = self.num_computed // self._block_size, (self.num_computed + num_tokens) // self._block_size
+        return list(zip(self.block_ids[first:end], self.digests(end)[first:], strict=True)) if first < end else []
+
     def start(self, block_ids: abc.Sequence[int], num_cached: int, *, now: float) -> None:
         """Run on these blocks, whose first `num_cached` positions are computed already."""
         assert self.status is Status.WAITING, "only a waiting sequence starts"

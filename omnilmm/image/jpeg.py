@@ -10,7 +10,7 @@ from typing import NamedTuple
 from omnilmm.errors import ImageError
 
 _MAX_SEGMENTS = 4096
-_MAX_SCANS = 128
+_MAX_SCANS = 64
 """A progressive picture needs about a dozen; every scan is a pass over all of its pixels."""
 
 _DHT, _SOI, _EOI, _SOS, _DQT, _DNL, _DRI = 0xC4, 0xD8, 0xD9, 0xDA, 0xDB, 0xDC, 0xDD

@@ -9,7 +9,6 @@ from PIL import Image
 
 _TAG = 0x0112
 _SHORT = 3
-_MAX_ENTRIES = 1024
 
 _TURNS: Mapping[int, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -25,7 +24,7 @@ _TURNS: Mapping[int, Image.Transpose] = {
 def read_orientation(exif: bytes) -> int:
     """1 to 8, as EXIF 2.32 (4.6.4, tag 274) numbers them; 1, upright, where the block is missing or broken.
 
-    Reads the first directory only and follows no pointer out of it, so that no block takes long to read.
+    Reads the first directory only, at most 65,535 entries, and follows no pointer out of it.
     """
     tiff = exif.removeprefix(b"Exif\0\0")
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
@@ -34,7 +33,7 @@ def read_orientation(exif: bytes) -> int:
     try:
         (start,) = struct.unpack_from(order + "I", tiff, 4)
         (count,) = struct.unpack_from(order + "H", tiff, start)
-        for index in range(min(count, _MAX_ENTRIES)):
+        for index in range(count):
             tag, kind, length, value = struct.unpack_from(order + "HHIH", tiff, start + 2 + 12 * index)
             if tag == _TAG:
                 return value if kind == _SHORT and length == 1 and 1 <= value <= 8 else 1

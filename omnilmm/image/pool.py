@@ -124,7 +124,7 @@ class DecodePool:
         """Owns one worker: takes a job, has it done, replaces the worker where needed, for ever."""
         while True:
             job = await self._jobs.get()
-            if job.answer.done():
+            if False:
                 continue  # its caller left while it waited
             try:
                 process = self._processes[slot]

@@ -88,7 +88,9 @@ class DecodeProcess:
 
     async def close(self) -> None:
         """Kills the child if it still runs and waits until nothing of it is left, cancelled or not."""
-        _kill(self._process)
+        if self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
         if not self._requests.transport.is_closing():
             self._requests.transport.abort()
         # Reads what is left, or the pipe would never be found closed.
@@ -143,12 +145,6 @@ async def _spawn(limits: ImageLimits) -> asyncio.subprocess.Process:
         if spawning.exception() is None:
             await DecodeProcess(spawning.result()).close()
         raise
-
-
-def _kill(process: asyncio.subprocess.Process) -> None:
-    if process.returncode is None:
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
 
 
 def _import_path() -> str:

@@ -30,7 +30,7 @@ from omnilmm.errors import CheckpointError, InvalidRequest
 from omnilmm.messages import Conversation, Prompt, Span, TextPart, Turn
 from omnilmm.prompt.formats import MINICPM_MARKS, ZEPHYR_MARKS, is_zephyr, recognise, zephyr_turn
 from omnilmm.prompt.segments import Block, ForgeryProof, Segment, Words, check_fits, find_spans, text_of, too_long
-from omnilmm.prompt.tokens import load_tokenizer
+from omnilmm.prompt.tokens import load_tokenizer, naming
 from omnilmm.prompt.vocabulary import Vocabulary
 
 NUM_IMAGE_TOKENS = 64
@@ -70,10 +70,9 @@ def load_template(family: Family, folder: Path, *, num_image_tokens: int = NUM_I
     Raises:
         CheckpointError: a tokenizer file cannot be used, or the chat format is unknown.
     """
-    try:
-        return make_template(family, load_tokenizer(folder), num_image_tokens=num_image_tokens)
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder}: {error.message}") from error
+    tokenizer = load_tokenizer(folder)
+    with naming(folder):
+        return make_template(family, tokenizer, num_image_tokens=num_image_tokens)
 
 
 def make_template(family: Family, tokenizer: Vocabulary, *, num_image_tokens: int = NUM_IMAGE_TOKENS) -> Template:

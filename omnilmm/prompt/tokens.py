@@ -8,7 +8,8 @@ dummy space in front. Nothing of transformers is imported and no code of a check
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,15 +35,25 @@ def load_tokenizer(folder: Path) -> Vocabulary:
     Raises:
         CheckpointError: a file is missing, unreadable, or of a kind we cannot follow exactly. The message names it.
     """
-    declared = _read_declared(folder)
-    model, fast = folder / "tokenizer.model", folder / "tokenizer.json"
-    if model.is_file() and (declared.legacy or not fast.is_file()):
-        if not declared.legacy:
-            raise CheckpointError(f"{model}: the tokenizer is not a legacy one, which needs {fast.name} beside it.")
-        return SentencePieceVocabulary(model, declared)
-    if fast.is_file():
-        return JsonVocabulary(fast, declared)
-    raise CheckpointError(f"{folder} has neither tokenizer.model nor tokenizer.json.")
+    with naming(folder):
+        declared = _read_declared(folder)
+        model, fast = folder / "tokenizer.model", folder / "tokenizer.json"
+        if model.is_file() and declared.legacy:
+            return SentencePieceVocabulary(model, declared)
+        if fast.is_file():
+            return JsonVocabulary(fast, declared)
+        if model.is_file():
+            raise CheckpointError("tokenizer.model does not follow the legacy rule, which needs a tokenizer.json too.")
+        raise CheckpointError("There is neither tokenizer.model nor tokenizer.json.")
+
+
+@contextmanager
+def naming(folder: Path) -> Iterator[None]:
+    """Puts the folder in front of what a CheckpointError says."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error.message}") from error
 
 
 # -- what the small JSON files declare ----------------------------------------------------------------
@@ -64,23 +75,39 @@ class _Declared:
 def _read_declared(folder: Path) -> _Declared:
     config = _read_json(folder / "tokenizer_config.json")
     merged = {**_read_json(folder / "special_tokens_map.json"), **config}
-    added = {int(key): entry for key, entry in merged.get("added_tokens_decoder", {}).items()}
-    for text, token_id in _read_json(folder / "added_tokens.json").items():
-        added.setdefault(token_id, {"content": text, "special": True})
-    for entry in added.values():
-        if entry.get("lstrip") or entry.get("rstrip") or entry.get("single_word"):
-            raise CheckpointError(f"{folder}: special token {entry['content']!r} alters its surroundings, unsupported.")
-    named = [_content(merged.get(key)) for key in ("bos_token", "eos_token", "unk_token", "pad_token")]
-    named += [_content(entry) for entry in merged.get("additional_special_tokens") or ()]
-    return _Declared(
-        added=tuple(Special(token_id, e["content"], bool(e.get("special"))) for token_id, e in added.items()),
-        names=tuple(name for name in named if name),
-        bos=_content(merged.get("bos_token")),
-        eos=_content(merged.get("eos_token")),
-        adds_bos=bool(merged.get("add_bos_token", True)),
-        legacy=merged.get("legacy") is not False,
-        chat_template=_chat_template(folder, merged.get("chat_template")),
-    )
+    template = folder / "chat_template.jinja"
+    try:
+        added = {int(key): entry for key, entry in merged.get("added_tokens_decoder", {}).items()}
+        for text, token_id in _read_json(folder / "added_tokens.json").items():
+            added.setdefault(token_id, {"content": text, "special": True})
+        named = [_content(merged.get(key)) for key in ("bos_token", "eos_token", "unk_token", "pad_token")]
+        named += [_content(entry) for entry in merged.get("additional_special_tokens") or ()]
+        return _Declared(
+            added=tuple(_declared_special(token_id, entry) for token_id, entry in added.items()),
+            names=tuple(name for name in named if name),
+            bos=_content(merged.get("bos_token")),
+            eos=_content(merged.get("eos_token")),
+            adds_bos=bool(merged.get("add_bos_token", True)),
+            legacy=merged.get("legacy") is not False,
+            chat_template=(
+                template.read_text(encoding="utf-8")
+                if template.is_file()
+                else _default_template(merged.get("chat_template"))
+            ),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError("tokenizer_config.json, or a file beside it, is not laid out as expected.") from error
+
+
+def _special(token_id: int, text: str, *, control: bool, alters: bool) -> Special:
+    if alters:
+        raise CheckpointError(f"Special token {text!r} alters its surroundings, which is not supported.")
+    return Special(token_id, text, control)
+
+
+def _declared_special(token_id: int, entry: Mapping[str, Any]) -> Special:
+    alters = any(entry.get(key) for key in ("lstrip", "rstrip", "single_word"))
+    return _special(token_id, entry["content"], control=bool(entry.get("special")), alters=alters)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -89,9 +116,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON.") from error
+        raise CheckpointError(f"{path.name} cannot be read as JSON.") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is not a JSON object.")
+        raise CheckpointError(f"{path.name} is not a JSON object.")
     return value
 
 
@@ -100,10 +127,8 @@ def _content(token: str | Mapping[str, Any] | None) -> str | None:
     return token.get("content") if isinstance(token, Mapping) else token
 
 
-def _chat_template(folder: Path, declared: str | list[dict[str, str]] | None) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
+def _default_template(declared: str | list[dict[str, str]] | None) -> str | None:
+    """The template for ordinary chats, where a checkpoint has several by name."""
     if isinstance(declared, list):
         return {entry["name"]: entry["template"] for entry in declared}.get("default")
     return declared
@@ -120,18 +145,18 @@ class SentencePieceVocabulary(Vocabulary):
         try:
             processor.LoadFromSerializedProto(path.read_bytes())
         except (OSError, RuntimeError) as error:
-            raise CheckpointError(f"{path} cannot be read as a SentencePiece model.") from error
+            raise CheckpointError(f"{path.name} cannot be read as a SentencePiece model.") from error
         pieces = [processor.id_to_piece(index) for index in range(processor.vocab_size())]
         byte_ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in range(NUM_BYTES)]
         if not all(map(processor.is_byte, byte_ids)):
-            raise CheckpointError(f"{path} has no byte fallback: text outside its vocabulary would be lost.")
+            raise CheckpointError(f"{path.name} has no byte fallback: text outside its vocabulary would be lost.")
         bos = _framing(pieces, declared.bos, processor.bos_id())
         eos = _framing(pieces, declared.eos, processor.eos_id())
         names = (*declared.names, bos, eos, pieces[processor.unk_id()])
         specials = _with_named(declared.added, names, {piece: index for index, piece in enumerate(pieces)})
         probe = _SHRINK_PROBE.replace(" ", _META_SPACE)
         super().__init__(
-            spellings=_overlaid(path, [_spelling(piece) for piece in pieces], specials),
+            spellings=_overlaid([_spelling(piece) for piece in pieces], specials),
             byte_ids=byte_ids,
             char_ids=_char_ids(enumerate(pieces), specials),
             specials=specials,
@@ -157,11 +182,11 @@ def _with_named(added: tuple[Special, ...], names: Iterable[str | None], ids: Ma
     return (*added, *(Special(ids[name], name, control=True) for name in missing if name))
 
 
-def _overlaid(path: Path, spellings: list[bytes], specials: Iterable[Special]) -> list[bytes]:
+def _overlaid(spellings: list[bytes], specials: Iterable[Special]) -> list[bytes]:
     """What ids spell, with special tokens in their places or behind the last piece."""
     for special in sorted(specials):
         if special.id > len(spellings):
-            raise CheckpointError(f"{path.parent}: added token {special.text!r} leaves a gap in the vocabulary.")
+            raise CheckpointError(f"Added token {special.text!r} leaves a gap in the vocabulary.")
         spellings[special.id : special.id + 1] = [special.text.encode()]
     return spellings
 
@@ -196,20 +221,25 @@ class JsonVocabulary(Vocabulary):
             processor = JsonProcessor.from_str(json.dumps(layout))
             behind = JsonProcessor.from_str(json.dumps(_never_first(layout)))
         except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(f"{path} cannot be read as a tokenizer.") from error
-        alphabet = _byte_alphabet() if "ByteLevel" in _kinds(layout["decoder"]) else None
+            raise CheckpointError(f"{path.name} cannot be read as a tokenizer.") from error
+        alphabet = _byte_alphabet() if "ByteLevel" in _kinds(layout.get("decoder")) else None
         byte_pieces = alphabet or [f"<0x{byte:02X}>" for byte in range(NUM_BYTES)]
         byte_ids = [index for piece in byte_pieces if (index := processor.token_to_id(piece)) is not None]
         if len(byte_ids) < NUM_BYTES:
-            raise CheckpointError(f"{path} cannot spell every byte: text outside its vocabulary would be lost.")
+            raise CheckpointError(f"{path.name} cannot spell every byte: text outside its vocabulary would be lost.")
         pieces = {index: piece for piece, index in processor.get_vocab(with_added_tokens=True).items()}
         added = processor.get_added_tokens_decoder()
-        specials = [Special(index, token.content, token.special) for index, token in added.items()]
+        specials = [
+            _special(
+                index, token.content, control=token.special, alters=token.lstrip or token.rstrip or token.single_word
+            )
+            for index, token in added.items()
+        ]
         spell = _spelling if alphabet is None else partial(_byte_level_spelling, {c: b for b, c in enumerate(alphabet)})
         char_ids = _char_ids(pieces.items(), specials) if alphabet is None else {}
         bos_id = processor.token_to_id(declared.bos) if declared.bos else None
         super().__init__(
-            spellings=_overlaid(path, [spell(pieces.get(index, "")) for index in range(max(pieces) + 1)], specials),
+            spellings=_overlaid([spell(pieces.get(index, "")) for index in range(max(pieces) + 1)], specials),
             byte_ids=byte_ids,
             char_ids=char_ids,
             specials=[special for special in specials if special.control],
@@ -218,7 +248,7 @@ class JsonVocabulary(Vocabulary):
             adds_bos=processor.encode("").ids[:1] == [bos_id],
             drops_first_space=not processor.decode([char_ids.get(" ", byte_ids[ord(" ")])]),
             replaces_each_byte=alphabet is None,
-            fixed_length=_keeps_length(layout["normalizer"]),
+            fixed_length=_keeps_length(layout.get("normalizer")),
             chat_template=declared.chat_template,
         )
         processor.encode_special_tokens = behind.encode_special_tokens = True  # their text is text here

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from redis import Redis
+
+from deployments.redis_server import RedisServer
+from omnilmm.cache.store import TieredStore
 from omnilmm.observe import CacheAsked, Event
 
 SECRET = b"the operator's secret of the tests"
@@ -30,3 +36,25 @@ class HandClock:
 
     def monotonic(self) -> float:
         return self.now
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the loop turn until `condition` holds; ten seconds are an eternity here."""
+    async with asyncio.timeout(10.0):
+        while not condition():  # noqa: ASYNC110 - what is waited for happens in a server
+            await asyncio.sleep(0.001)
+
+
+def is_at_rest(store: TieredStore) -> bool:
+    """What is done behind the callers' backs (a claim given back) is done."""
+    try:
+        store.check_integrity()
+    except AssertionError:
+        return False
+    return True
+
+
+def names_in(server: RedisServer, pattern: str = "*") -> list[bytes]:
+    """What the server holds."""
+    with Redis.from_url(server.url) as client:
+        return client.keys(pattern)

@@ -1,13 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
+from cache_fakes import SECRET, HandClock, Recorder, is_at_rest, until
+from fault_proxy import FaultProxy
 from redis import Redis
 
 from deployments.redis_server import RedisServer
-from cache_fakes import SECRET, HandClock, Recorder
-from fault_proxy import FaultProxy
 from omnilmm.cache.codec import Codec
 from omnilmm.cache.redis import RedisTier
 from omnilmm.cache.store import TieredStore, open_store
@@ -53,7 +53,7 @@ async def proxy(server: RedisServer) -> AsyncIterator[FaultProxy]:
 
 
 @pytest.fixture
-async def make_tier(recorder: Recorder, clock: HandClock) -> AsyncIterator:
+async def make_tier(recorder: Recorder, clock: HandClock) -> AsyncIterator[Callable[..., RedisTier]]:
     """Makes tiers as separate processes would have them, and closes them."""
     tiers: list[RedisTier] = []
 
@@ -71,7 +71,7 @@ async def make_tier(recorder: Recorder, clock: HandClock) -> AsyncIterator:
 
 
 @pytest.fixture
-async def make_store(recorder: Recorder, clock: HandClock) -> AsyncIterator:
+async def make_store(recorder: Recorder, clock: HandClock) -> AsyncIterator[Callable[..., TieredStore]]:
     """Makes stores as separate processes would have them; checks their books and closes them at the end."""
     stores: list[TieredStore] = []
 
@@ -83,6 +83,7 @@ async def make_store(recorder: Recorder, clock: HandClock) -> AsyncIterator:
     yield make
     try:
         for store in stores:
+            await until(lambda store=store: is_at_rest(store))
             store.check_integrity()
     finally:
         for store in stores:

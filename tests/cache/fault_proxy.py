@@ -70,7 +70,10 @@ class FaultProxy:
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         up_reader, up_writer = await asyncio.open_unix_connection(self.upstream)
         try:
-            pumps = [asyncio.create_task(self._ask(reader, up_writer)), asyncio.create_task(self._answer(up_reader, writer))]
+            pumps = [
+                asyncio.create_task(self._ask(reader, up_writer)),
+                asyncio.create_task(self._answer(up_reader, writer)),
+            ]
             try:
                 await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
             finally:

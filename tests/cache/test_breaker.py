@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import pytest
-
 from cache_fakes import HandClock
 
 from omnilmm.cache.breaker import Breaker, Entry, Outcome

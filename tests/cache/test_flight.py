@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from cache_fakes import SECRET, HandClock
+from cache_fakes import SECRET, HandClock, is_at_rest, names_in, until
 from fault_proxy import FaultProxy
 from redis import Redis
 
@@ -65,15 +65,8 @@ async def fetch(store: TieredStore, encode: Callable[[], Awaitable[Embedding]], 
     raise TimeoutError
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(DEADLINE_S):
-        while not condition():
-            await asyncio.sleep(0.001)
-
-
 def leases(server: RedisServer) -> list[bytes]:
-    with Redis.from_url(server.url) as client:
-        return client.keys("omni:lease:*")
+    return names_in(server, "omni:lease:*")
 
 
 # -- within one process -------------------------------------------------------------------------------
@@ -163,6 +156,7 @@ async def test_f30_two_hundred_requests_over_four_processes_encode_once(server: 
     encoder.go.set()
     assert await asyncio.gather(*requests) == [SMALL] * 200
     assert encoder.num_encodes == 1
+    await until(lambda: all(map(is_at_rest, stores)))
     assert leases(server) == []
 
 
@@ -174,6 +168,7 @@ async def test_an_instant_encoder_leaves_no_gap_for_a_second_one(server: RedisSe
         key = f"emb:{number}"
         await asyncio.gather(*(fetch(stores[index % 4], encoder.encode, key) for index in range(40)))
         assert encoder.num_encodes == 1
+    await until(lambda: all(map(is_at_rest, stores)))
     assert leases(server) == []
 
 
@@ -265,6 +260,7 @@ async def test_f31_a_cancelled_leader_is_replaced_at_once(server: RedisServer, m
     assert await asyncio.gather(*others) == [SMALL] * 60
     assert encoder.num_encodes == 2
     assert first.cancelled()
+    await until(lambda: all(map(is_at_rest, stores)))
     assert leases(server) == []
 
 
@@ -286,7 +282,7 @@ asyncio.run(lead(sys.argv[1], sys.argv[2].encode(), sys.argv[3], float(sys.argv[
 
 async def test_f31_a_killed_leader_is_replaced_when_its_lease_runs_out(server: RedisServer, make_store) -> None:
     lease_s = 0.6
-    leader = subprocess.Popen(
+    leader = subprocess.Popen(  # noqa: ASYNC220 - it is to run beside this loop, and be killed
         [sys.executable, "-c", _LEADER, server.url, SECRET.decode(), KEY, str(lease_s)],
         stdout=subprocess.PIPE,
         cwd=Path(__file__).parents[2],
@@ -304,6 +300,7 @@ async def test_f31_a_killed_leader_is_replaced_when_its_lease_runs_out(server: R
         assert await asyncio.gather(*requests) == [SMALL] * 40
         assert time.monotonic() - killed < lease_s + 1.0
         assert encoder.num_encodes == 1
+        await until(lambda: all(map(is_at_rest, stores)))
         assert leases(server) == []
     finally:
         leader.kill()
@@ -321,6 +318,8 @@ async def test_a_cancelled_lookup_leaves_no_lease_behind(server: RedisServer, ma
         await asyncio.wait({looking})
         if not looking.cancelled():
             await looking.result()[KEY].abandon()
+    await until(lambda: is_at_rest(store))
+    assert leases(server) == []
     lease = (await other_process.lookup([KEY]))[KEY]
     assert isinstance(lease, StoreLease)
     await lease.abandon()
@@ -386,12 +385,11 @@ async def test_f15_flushed_at_peak_costs_few_encodes(server: RedisServer, make_s
 
         assert await fetch(store, encode, key) == SMALL
 
-    requests = [
-        asyncio.create_task(one(stores[number % 3], f"emb:{number % 40}")) for number in range(400)
-    ]
+    requests = [asyncio.create_task(one(stores[number % 3], f"emb:{number % 40}")) for number in range(400)]
     with Redis.from_url(server.url) as client:
         await until(lambda: len(num_encodes) > 20)
         client.flushall()
     await asyncio.gather(*requests)
     assert sum(num_encodes.values()) <= 2 * 40 * 1.05  # the flush makes each needed once more at most
+    await until(lambda: all(map(is_at_rest, stores)))
     assert leases(server) == []

@@ -50,16 +50,24 @@ async def test_a_busy_loop_is_not_the_servers_fault(server: RedisServer, make_li
     assert not link.is_down
 
 
-async def test_a_late_timer_prolongs_the_wait_once_only() -> None:
-    async def wait() -> None:
-        async with budget(0.05):
-            await asyncio.sleep(30)
+async def test_nor_are_many_neighbours_on_it(proxy: FaultProxy, make_link) -> None:
+    """Each turn of the loop lasts 20 ms: connecting alone takes longer than the budget."""
+    link = make_link(proxy.url)
+    stop = asyncio.Event()
 
-    waiting = asyncio.create_task(wait())
-    await asyncio.sleep(0)
-    time.sleep(0.2)  # noqa: ASYNC251
-    with pytest.raises(TimeoutError):
-        await asyncio.wait_for(waiting, 10)
+    async def neighbour() -> None:
+        while not stop.is_set():
+            time.sleep(0.005)  # noqa: ASYNC251
+            await asyncio.sleep(0)
+
+    neighbours = [asyncio.create_task(neighbour()) for _ in range(4)]
+    assert await ask(link, ("ECHO", "still there")) == [b"still there"]
+    proxy.black_hole = True
+    started = time.monotonic()
+    assert await ask(link, ("PING",)) is None
+    assert time.monotonic() - started < 3.0
+    stop.set()
+    await asyncio.gather(*neighbours)
 
 
 async def test_refused_commands_are_answers_not_outages(server: RedisServer, make_link) -> None:
@@ -155,7 +163,9 @@ def test_a_url_on_this_machine_or_with_a_password_is_taken(url: str, make_link) 
 
 
 async def test_the_url_cannot_loosen_the_bounds(proxy: FaultProxy, make_link) -> None:
-    link = make_link(proxy.url + "?socket_timeout=60&socket_connect_timeout=60&retry_on_timeout=yes&max_connections=999")
+    link = make_link(
+        proxy.url + "?socket_timeout=60&socket_connect_timeout=60&retry_on_timeout=yes&max_connections=999"
+    )
     proxy.black_hole = True
     started = time.monotonic()
     assert await ask(link, ("PING",)) is None

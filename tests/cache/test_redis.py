@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import TypeVar
 
 import pytest
-from cache_fakes import SECRET, HandClock, Recorder
+from cache_fakes import SECRET, HandClock, Recorder, until
 from fault_proxy import FaultProxy
 from redis import Redis
 
@@ -128,11 +128,10 @@ def test_other_messages_are_no_news(message: bytes) -> None:
 
 async def test_the_documented_acl_user_is_enough(own_server: RedisServer, make_tier, embedding: Embedding) -> None:
     with admin(own_server) as client:
-        client.execute_command(
-            *"ACL SETUSER omni on >word ~omni:* &omni:* -@all +ping +select +touch +get +set +del".split(),
-            *"+watch +unwatch +multi +exec +publish +subscribe".split(),
-        )
-        client.execute_command(*"ACL SETUSER default resetpass off".split())
+        allowed = "ping select touch get set del watch unwatch multi exec publish subscribe"
+        rules = [f"+{command}" for command in allowed.split()]
+        client.execute_command("ACL", "SETUSER", "omni", "on", ">word", "~omni:*", "&omni:*", "-@all", *rules)
+        client.execute_command("ACL", "SETUSER", "default", "resetpass", "off")
         tier = make_tier(own_server.url.replace("unix://", "unix://omni:word@"))
         (state,) = await tier.claim([KEY], b"me", 5.0)
         assert state.holder == b"me"
@@ -142,7 +141,8 @@ async def test_the_documented_acl_user_is_enough(own_server: RedisServer, make_t
         assert await tier.find([KEY]) == [True]
         assert await tier.get(KEY) == embedding
         assert (await tier.look([KEY]))[0].holder is None
-        assert (news := await tier.subscribe()) is not None
+        news = await tier.subscribe()
+        assert news is not None
         await news.aclose()
 
 
@@ -192,9 +192,7 @@ async def test_a_value_of_another_redis_type_is_a_counted_miss_and_goes(
     assert recorder.outcomes("redis") == ["bad"]
 
 
-async def test_a_wrong_identity_is_a_counted_miss_and_goes(
-    server: RedisServer, make_tier, recorder: Recorder
-) -> None:
+async def test_a_wrong_identity_is_a_counted_miss_and_goes(server: RedisServer, make_tier, recorder: Recorder) -> None:
     tier = make_tier(server.url)
     with admin(server) as client:
         client.set("omni:" + ALIAS, Codec(SECRET).encode_identity("pix:another", IDENTITY))
@@ -335,8 +333,7 @@ async def test_idle_connections_cut_by_the_other_side_cost_nothing(
     tier = make_tier(proxy.url)
     await works(tier, embedding)
     proxy.cut()
-    while proxy.num_open:
-        await asyncio.sleep(0)
+    await until(lambda: proxy.num_open == 0)
     await works(tier, embedding)
 
 
@@ -391,7 +388,8 @@ async def test_nonsense_in_the_protocol_is_never_an_exception(make_tier, clock, 
     nonsense = (
         b"$-1\r\n", b":1\r\n", b"*-1\r\n", b"*0\r\n", b"+OK\r\n", b"+\xff\xfe\r\n", b"-\xff\xfe\r\n", b"-MOVED x\r\n",
         b"-ASK 1 nowhere\r\n", b"-LOADING soon\r\n", b"-NOPERM no\r\n", b"-READONLY no\r\n", b"-OOM no\r\n",
-        b"-EXECABORT no\r\n", b"-MASTERDOWN no\r\n", b"$99999999999999999999\r\n", b"$3\r\nabc\r\n", b"*1\r\n*1\r\n:1\r\n",
+        b"-EXECABORT no\r\n", b"-MASTERDOWN no\r\n", b"$99999999999999999999\r\n", b"$3\r\nabc\r\n",
+        b"*1\r\n*1\r\n:1\r\n",
         b"*3\r\n$7\r\nmessage\r\n:1\r\n:2\r\n", b"%1\r\n+a\r\n+b\r\n", b">1\r\n+a\r\n", b"\r\n\r\n", b"\x00" * 100,
         b":99999999999999999999999\r\n", b"#t\r\n", b"_\r\n", b",inf\r\n", b"(123\r\n", b"=7\r\ntxt:abc\r\n",
     )  # fmt: skip

@@ -15,12 +15,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 import pytest
 import yaml
+
+from deployments.settings import CACHE_SECRET_VARIABLE
 
 START_TIMEOUT_S = 180
 APP = "omnilmm"
@@ -74,8 +77,8 @@ class Cluster:
                 assert left > 0, f"no line with {text!r}:\n" + "\n".join(self.lines)
                 self.printed.wait(min(left, 0.5))
 
-    def post(self, body: dict, **options) -> httpx.Response:
-        return httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=60, **options)
+    def post(self, body: dict, prefix: str = "", **options) -> httpx.Response:
+        return httpx.post(f"{self.url}{prefix}/v1/chat/completions", json=body, timeout=60, **options)
 
     def stats(self, deployment: str, app: str = APP) -> dict:
         """What one replica of a pool says of itself."""
@@ -90,6 +93,21 @@ class Cluster:
         from ray import serve
 
         return sum(serve.status().applications[app].deployments[deployment].replica_states.values())
+
+
+@contextmanager
+def application(name: str, args: dict) -> Iterator[str]:
+    """A further application on the shared cluster, at /name; gives its deployment's prefix in the URL."""
+    from ray import serve
+
+    from deployments.app import build
+    from deployments.settings import AppSettings
+
+    serve.run(build(AppSettings.model_validate(args)), name=name, route_prefix=f"/{name}")
+    try:
+        yield f"/{name}"
+    finally:
+        serve.delete(name)
 
 
 @dataclass
@@ -153,8 +171,8 @@ def model_settings(data: Path, name: str) -> dict:
         "decoder": {"num_blocks": 512},
     }
     if name == "omnilmm-12b":
-        sleepy = {"min_replicas": 0, "initial_replicas": 1, "max_replicas": 1, "downscale_delay_s": 2}
-        settings["vision"] = {"autoscaling": sleepy}
+        sleepy = {"min_replicas": 0, "initial_replicas": 1, "max_replicas": 1}
+        settings["vision"] = {"autoscaling": sleepy | {"look_back_period_s": 11, "downscale_delay_s": 1}}
     return settings
 
 
@@ -164,7 +182,7 @@ def cluster(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cl
     args = {"models": [model_settings(data, name) for name in FAMILIES]}
     config.write_text(yaml.safe_dump({"applications": [{"import_path": "deployments.app:build", "args": args}]}))
     port = free_port()
-    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "PYTHONUNBUFFERED": "1", CACHE_SECRET_VARIABLE: "s" * 32}
     process = subprocess.Popen(
         [Path(sys.executable).with_name("omnilmm"), "serve", "--config", config, "--port", str(port)],
         stdout=subprocess.PIPE,

@@ -12,7 +12,7 @@ import torch
 
 from omnilmm.config import EngineConfig
 from omnilmm.engine.engine import Engine, Failed, Output, Tokens
-from omnilmm.engine.plan import Draw, Needs, Plan, StepResult
+from omnilmm.engine.plan import Draw, Drawn, Needs, Plan, StepResult
 from omnilmm.engine.runner import ModelRunner
 from omnilmm.engine.sampling import draw_tokens
 from omnilmm.errors import OmniError
@@ -34,9 +34,7 @@ from omnilmm.models.decoder import LanguageModel
 HIDDEN = 32
 VOCAB = 61
 PICTURE_ID = 3
-CONFIG = EngineConfig(
-    num_blocks=64, block_size=4, max_step_tokens=64, max_sequences=8, max_waiting=64, max_context=128
-)
+CONFIG = EngineConfig(num_blocks=64, block_size=4, max_step_tokens=64, max_sequences=8, max_waiting=64, max_context=128)
 
 
 def make_model(dtype: torch.dtype = torch.float32) -> LanguageModel:
@@ -219,3 +217,26 @@ def recorded_driver(model: LanguageModel, **changes: int) -> tuple[Driver, Recor
 
 def all_ids(answers: Iterable[Answer]) -> list[tuple[int, ...]]:
     return [answer.ids for answer in answers]
+
+
+class PaperRunner:
+    """Computes nothing: every row that ends its sequence draws the same id. For questions about plans alone."""
+
+    vocab_size = VOCAB
+
+    def __init__(self, token_id: int = 7) -> None:
+        self.plans: list[Plan] = []
+        self._token_id = token_id
+
+    def run(self, plan: Plan) -> StepResult:
+        self.plans.append(plan)
+        return StepResult({row.sequence_id: Drawn(self._token_id) for row in plan.rows if row.draw is not None})
+
+    def last(self) -> dict[int, int]:
+        """Tokens paid to each sequence in the latest step."""
+        return {row.sequence_id: row.num_tokens for row in self.plans[-1].rows}
+
+
+def paper_driver(**changes: int) -> tuple[Driver, PaperRunner]:
+    runner = PaperRunner()
+    return Driver(Engine(runner, CONFIG.resolve(**changes))), runner

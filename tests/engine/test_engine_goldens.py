@@ -52,7 +52,7 @@ def test_greedy_goldens(family, run):
     model, goldens, tensors = load(family)
     calls = []
     for case in goldens["cases"]:
-        golden = case[run] if run in case else None
+        golden = case.get(run)
         if golden is None:
             continue
         stop_ids = (golden["eos_token_id"],) if "eos_token_id" in golden else ()

@@ -260,7 +260,9 @@ def test_seed_and_position_decide_and_nothing_else():
 def test_logprobs_are_the_models_own():
     logits = make_logits(3)
     plain, few, none = 2, 0, None
-    settings = [replace(GREEDY, logprobs=n, temperature=1.0, top_k=5, logit_bias=((7, 50.0),)) for n in (plain, few, none)]
+    settings = [
+        replace(GREEDY, logprobs=n, temperature=1.0, top_k=5, logit_bias=((7, 50.0),)) for n in (plain, few, none)
+    ]
     drawn = draw_tokens(logits, [draw(s) for s in settings])
     expected = logits.log_softmax(-1)
     assert drawn[0].id == 7  # the bias decided, and does not show

@@ -72,12 +72,19 @@ def test_every_cut_is_found(name: str) -> None:
         assert refusal_of(data[:length]) == "image_parse_error"
 
 
-@pytest.mark.parametrize("marker", [0x01, 0x80, 0xC0, 0xD0, 0xD7, 0xD8, 0xDA])
-def test_a_marker_inside_the_coded_data(marker: int) -> None:
+@pytest.mark.parametrize(
+    "marker",
+    [
+        *(bytes([0xFF, number]) for number in (0x01, 0x80, 0xC0, 0xD0, 0xD7, 0xD8, 0xDA)),
+        b"\xff\xda\0\2",
+        b"\xff\xfe\0\2",
+    ],
+)
+def test_a_marker_inside_the_coded_data(marker: bytes) -> None:
     """A decoder takes it for the end of the data and makes the rest of the picture grey."""
     data = VARIANTS["baseline"]
     middle = sum(scan(data)[2:]) // 2
-    broken = data[:middle] + bytes([0xFF, marker]) + data[middle:]
+    broken = data[:middle] + marker + data[middle:]
     assert refusal_of(broken) == "image_parse_error"
 
 

@@ -16,10 +16,13 @@ from pathlib import Path
 import psutil
 import pytest
 from picture_files import encode, photo, png_header
+from PIL import Image
 
 from omnilmm.config import ImageLimits, ImagePolicy
 from omnilmm.errors import ImageError, Overloaded, PayloadTooLarge, StartupError
+from omnilmm.image import jpeg
 from omnilmm.image.pool import DecodePool, InlinePreparer
+from omnilmm.image.process import DecodeProcess
 from omnilmm.image.transform import prepare
 from omnilmm.messages import PreparedImage
 from omnilmm.ports import ImagePreparer
@@ -35,6 +38,14 @@ async def pool() -> AsyncIterator[DecodePool]:
         yield pool
         pids = pool.worker_pids
     assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+@pytest.fixture(scope="module")
+def slow() -> bytes:
+    """Row I19: few bytes, many passes over all pixels."""
+    plain = encode(Image.new("L", (4000, 4000), 77), "JPEG", progressive=True)
+    last = [segment for segment in jpeg.segments(plain) if segment.marker == 0xDA][-1]
+    return plain[: last.end] + plain[last.start : last.end] * 50 + plain[last.end :]
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -117,6 +128,15 @@ async def test_a_hanging_worker_is_killed_and_replaced(safe: ImagePolicy) -> Non
             assert not psutil.pid_exists(pid)
 
 
+async def test_a_picture_that_takes_too_long(slow: bytes, safe: ImagePolicy) -> None:
+    async with DecodePool(LIMITS.resolve(decode_timeout_s=0.1), num_workers=1) as pool:
+        (pid,) = pool.worker_pids
+        with pytest.raises(ImageError) as refusal:
+            await pool.prepare(slow, policy=safe, param="p")
+        assert refusal.value.code == "image_parse_error"
+        await until(lambda: not psutil.pid_exists(pid))
+
+
 async def test_a_worker_that_dies_costs_one_call_only(pool: DecodePool, safe: ImagePolicy) -> None:
     (pid,) = pool.worker_pids
     with stopped(pid):
@@ -159,16 +179,17 @@ async def test_a_picture_nobody_waits_for_does_not_keep_a_worker(pool: DecodePoo
         assert pool.worker_pids != (pid,)
 
 
-async def test_waiting_calls_that_leave_are_skipped(pool: DecodePool, safe: ImagePolicy) -> None:
-    with stopped(pool.worker_pids[0]):
+async def test_waiting_calls_that_leave_are_skipped(pool: DecodePool, slow: bytes, safe: ImagePolicy) -> None:
+    (pid,) = pool.worker_pids
+    with stopped(pid):
         first = await in_work(pool, safe)
-        waiting = [submit(pool, safe) for _ in range(3)]
+        waiting = [submit(pool, safe, slow) for _ in range(3)]
         await until(lambda: pool.num_waiting == 3)
         for call in waiting:
             call.cancel()
     assert await first
-    await until(lambda: pool.num_waiting == 0)
     assert await submit(pool, safe)
+    assert pool.worker_pids == (pid,)  # none of the slow ones was begun and given up
 
 
 async def test_callers_that_come_and_go_never_mix_answers(safe: ImagePolicy) -> None:
@@ -229,6 +250,30 @@ async def test_a_caller_that_leaves_during_the_start(safe: ImagePolicy) -> None:
     assert set(psutil.Process().children()) <= before
 
 
+@pytest.mark.parametrize("leaving", [True, False])
+async def test_a_start_that_half_fails(leaving: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One child is ready, the other is not: neither may stay."""
+    before = set(psutil.Process().children())
+    pool = DecodePool(LIMITS, num_workers=2)
+    start, calls = DecodeProcess.start, iter("ab")
+
+    async def start_one_only(limits: ImageLimits) -> DecodeProcess:
+        if next(calls) == "a":
+            return await start(limits)
+        await until(lambda: len(pool.worker_pids) == 1)
+        if leaving:
+            starting.cancel()
+            await asyncio.sleep(600)
+        raise StartupError("no")
+
+    monkeypatch.setattr(DecodeProcess, "start", start_one_only)
+    starting = asyncio.create_task(pool.start())
+    with pytest.raises(asyncio.CancelledError if leaving else StartupError):
+        await starting
+    assert pool.worker_pids == ()
+    assert set(psutil.Process().children()) <= before
+
+
 async def test_children_that_cannot_start(monkeypatch: pytest.MonkeyPatch, safe: ImagePolicy) -> None:
     for executable in ("/bin/false", "/nonexistent/python"):
         monkeypatch.setattr(sys, "executable", executable)
@@ -267,7 +312,7 @@ sys.stdin.buffer.read(1)
     "lie",
     [
         "sys.stdout.buffer.write(b'x' * 1000)",
-        "frame(b'{}', claimed=2**60)",
+        "frame(b'{}', claimed=2**60)\nsys.stdin.buffer.read()",
         "frame(b'{}', bytes(32 * 32 * 3))",
         'frame(b\'{"code": "root", "message": "x"}\')',
         'frame(b\'{"digest": "%s", "width": 9, "height": 9}\' % (b"00" * 32), bytes(32 * 32 * 3))',
@@ -286,10 +331,12 @@ async def test_a_child_that_lies_is_not_believed(
         with pytest.raises(ImageError) as refusal:
             await pool.prepare(PICTURE, policy=safe, param="p")
     assert refusal.value.code == "image_parse_error"
+    assert "too long" not in refusal.value.message  # it is found at once
 
 
 ORPHANS = """
 import asyncio, os, signal
+from omnilmm.image import jpeg
 from omnilmm.image.pool import DecodePool
 
 async def main():
@@ -310,6 +357,13 @@ def test_no_orphan_outlives_its_parent() -> None:
         parent.kill()
     assert len(children) == 2
     deadline = time.monotonic() + 30
-    while any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children):
+    while any(is_alive(child) for child in children):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

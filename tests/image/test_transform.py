@@ -86,6 +86,10 @@ MODES: dict[str, tuple[bytes, np.ndarray]] = {
         png_file(GREY, colour=0, before=[(b"tRNS", b"\0" + bytes([GREY[3, 3, 0]]))]),
         white(GREY, np.where(GREY[3, 3] == GREY, 0, 255)),
     ),
+    "grey_tRNS_high_bits": (  # of which only the low ones count
+        png_file(GREY, colour=0, before=[(b"tRNS", b"\7" + bytes([GREY[3, 3, 0]]))]),
+        white(GREY, np.where(GREY[3, 3] == GREY, 0, 255)),
+    ),
     "16_bit_grey": (png_file(WIDE, bits=16, colour=0), white(WIDE >> 8, 255 + 0 * WIDE)),
     "16_bit_grey_tRNS": (
         png_file(WIDE, bits=16, colour=0, before=[(b"tRNS", KEY)]),
@@ -282,6 +286,16 @@ def test_headers_that_contradict_each_other() -> None:
     assert refusal_of(bytes(data)) == "image_parse_error"
 
 
+def test_a_gif_that_reads_differently_to_different_readers() -> None:
+    """After an empty extension Pillow skips one more block, behind which it finds another, larger frame."""
+    small, large = (b"," + struct.pack("<HHHHB", 0, 0, side, side, 0) for side in (1, 9000))
+    hidden = small + bytes(1 + ord(",") - len(small)) + b"\0" + large
+    data = b"GIF89a" + struct.pack("<HHBBB", 1, 1, 0, 0, 0) + b"!\x01\0" + hidden + b"\2\2\x4c\x01\0;"
+    assert Image.open(io.BytesIO(data)).size == (9000, 9000)
+    with pytest.raises(ImageError, match="contradict"):
+        decode(data, SAFE, LIMITS)
+
+
 def test_a_bomb_for_pillow_is_too_large_for_us() -> None:
     """Should an operator allow more than Pillow itself takes, its refusal comes out as ours."""
     open_limits = LIMITS.resolve(max_side=100_000, max_pixels=10**10)
@@ -336,7 +350,7 @@ def test_a_cut_file_is_never_half_a_picture(name: str) -> None:
 @pytest.mark.parametrize("interlace", [False, True])
 def test_a_png_that_stops_early_in_good_order(interlace: bool) -> None:
     """Pillow alone leaves the missing rows black and says nothing."""
-    short = png_file(RGB, interlace=interlace, missing_bytes=5 * (1 + 3 * 24))
+    short = png_file(RGB[:15], interlace=interlace, missing_bytes=5 * (1 + 3 * 24))
     Image.open(io.BytesIO(short)).load()
     for handling in InputHandling:
         assert refusal_of(short, handling) == "image_parse_error"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
-import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -67,6 +67,8 @@ async def test_what_it_gives_up(child: DecodeProcess, safe: ImagePolicy) -> None
     assert LIMITS.decode_timeout_s <= soft <= LIMITS.decode_timeout_s + 5
     assert process.num_fds() <= 8
     assert set(process.environ()) == {"PYTHONPATH"}
+    # What a library prints must not get between the frames, nor into our logs.
+    assert {os.readlink(f"/proc/{child.pid}/fd/{number}") for number in (1, 2)} == {os.devnull}
 
 
 async def test_the_cpu_allowance_is_renewed(child: DecodeProcess, safe: ImagePolicy) -> None:
@@ -111,8 +113,4 @@ def test_it_does_not_start_for_a_parent_that_is_gone() -> None:
 
 
 async def test_ctrl_c_is_for_the_parent_alone(child: DecodeProcess) -> None:
-    assert psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE
-    assert signal.SIGINT
-    import os
-
-    assert os.getpgid(child.pid) == child.pid
+    assert os.getsid(child.pid) == child.pid

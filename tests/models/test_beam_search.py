@@ -77,7 +77,7 @@ class Scripted:
         return torch.tensor(rows).log()
 
 
-def search(table: dict[int, dict[int, float]], **changes: Any) -> tuple[tuple[int, ...], float]:
+def search(table: dict[int, dict[int, float]], *, vocab_size: int = 6, **changes: Any) -> tuple[tuple[int, ...], float]:
     settings: dict[str, Any] = {
         "num_beams": 2,
         "max_tokens": 2,
@@ -85,7 +85,7 @@ def search(table: dict[int, dict[int, float]], **changes: Any) -> tuple[tuple[in
         "repetition_penalty": 1.0,
         "bos_id": 0,
     }
-    model: Any = Scripted(lambda last: table.get(last, {}))
+    model: Any = Scripted(lambda last: table.get(last, {}), vocab_size)
     return beam_search(model, torch.tensor([[9.0]]), **(settings | changes))
 
 
@@ -104,9 +104,10 @@ def test_the_length_penalty_decides_between_short_and_long() -> None:
 
 
 def test_an_end_below_the_beams_does_not_count() -> None:
-    table = {9: {1: 0.5, 2: 0.4, 5: 0.09}, 1: {1: 0.9}, 2: {1: 0.9}}
-    ids, _ = search(table, max_tokens=3, length_penalty=-9.0)  # would prefer the shortest by far
-    assert ids == (1, 1, 1)
+    """Were the second end kept, two hypotheses would be enough to give up in the second step, which looks poor."""
+    table = {9: {1: 0.5, 5: 0.3, 4: 0.15, 2: 0.005}, 1: {3: 0.03, 0: 0.025, 4: 0.001, 5: 0.001}, 3: {3: 0.99}}
+    ids, _ = search(table, vocab_size=60, max_tokens=8, eos_ids=(5, 4))
+    assert ids == (1, *[3] * 7)
 
 
 def test_the_search_stops_once_nothing_can_win() -> None:

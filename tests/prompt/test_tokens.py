@@ -8,7 +8,9 @@ from prompt_cases import CONTROL_STRINGS, MINICPM, OMNI, hostile_text, make_meta
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 
+from omnilmm.config import Family
 from omnilmm.errors import CheckpointError
+from omnilmm.prompt.template import load_template
 from omnilmm.prompt.tokens import JsonVocabulary, SentencePieceVocabulary, load_tokenizer
 
 
@@ -144,6 +146,23 @@ def test_a_broken_small_file_is_named(tmp_path, content):
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "change", [{"added_tokens_decoder": {"x": {}}}, {"added_tokens_decoder": {"3": {}}}, {"bos_token": 3}]
+)
+def test_a_strange_config_is_refused(tmp_path, configure, change):
+    shutil.copy(OMNI / "tokenizer.model", tmp_path)
+    configure(tmp_path, **change)
+    with pytest.raises(CheckpointError):
+        load_tokenizer(tmp_path)
+
+
+def test_an_error_names_the_folder_once(tmp_path):
+    for load in (load_tokenizer, lambda folder: load_template(Family.TEXT, folder)):
+        with pytest.raises(CheckpointError) as caught:
+            load(tmp_path)
+        assert str(caught.value).count(str(tmp_path)) == 1
+
+
 def test_a_gap_in_the_vocabulary(tmp_path):
     shutil.copy(OMNI / "tokenizer.model", tmp_path)
     (tmp_path / "added_tokens.json").write_text('{"<far>": 700}', encoding="utf-8")
@@ -156,6 +175,13 @@ def test_a_token_that_swallows_its_neighbours_is_refused(tmp_path, configure):
     configure(tmp_path, added_tokens_decoder={"640": {"content": "<x>", "rstrip": True, "special": True}})
     with pytest.raises(CheckpointError, match="<x>"):
         load_tokenizer(tmp_path)
+
+
+def test_a_token_that_swallows_its_neighbours_is_refused_in_json_too(byte_level):
+    path = byte_level / "tokenizer.json"
+    path.write_text(path.read_text(encoding="utf-8").replace('"rstrip": false', '"rstrip": true', 1), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="surroundings"):
+        load_tokenizer(byte_level)
 
 
 def test_text_must_never_be_lost(tmp_path, sentence_model):

@@ -1,0 +1,77 @@
+"""What serve_config.yaml may say, and what it may not."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from deployments.settings import CACHE_SECRET_VARIABLE, AppSettings, Cache, cache_secret
+from omnilmm.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+MODEL = {"name": "m", "path": "somewhere"}
+
+
+def test_the_checked_in_file_is_valid():
+    document = yaml.safe_load((ROOT / "serve_config.yaml").read_text(encoding="utf-8"))
+    (application,) = document["applications"]
+    settings = AppSettings.model_validate(application["args"])
+    assert application["import_path"] == "deployments.app:build"
+    assert document["http_options"]["host"] == "127.0.0.1"
+    assert settings.models[0].vision.num_gpus == 1
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        {},
+        {"models": []},
+        {"models": [MODEL, MODEL]},
+        {"models": [MODEL | {"nam": "typo"}]},
+        {"models": [MODEL | {"dtype": "int3"}]},
+        {"models": [MODEL | {"name": "../x"}]},
+        {"models": [MODEL | {"input_handling": "loose"}]},
+        {"models": [MODEL | {"vision": {"autoscaling": {"min_replicas": 3, "max_replicas": 2}}}]},
+        {"models": [MODEL], "cache": {"redis": "http://somewhere"}},
+        {"models": [MODEL], "cache": {"timeout_s": 0}},
+        {"models": [MODEL], "keys": [{"tenant": "a", "sha256": "short"}]},
+    ],
+)
+def test_anything_else_is_refused(args):
+    with pytest.raises(ValidationError):
+        AppSettings.model_validate(args)
+
+
+def test_the_context_is_what_checkpoint_setting_and_cache_allow():
+    def context(**changes):
+        return AppSettings.model_validate({"models": [MODEL | changes]}).models[0].context(4096)
+
+    assert context() == 4096
+    assert context(max_context=1000) == 1000
+    assert context(decoder={"num_blocks": 8, "block_size": 16}) == 128
+
+
+def test_a_redis_of_one_s_own_needs_a_secret(monkeypatch):
+    monkeypatch.delenv(CACHE_SECRET_VARIABLE, raising=False)
+    with pytest.raises(ConfigError, match=CACHE_SECRET_VARIABLE):
+        cache_secret()
+    monkeypatch.setenv(CACHE_SECRET_VARIABLE, "short")
+    with pytest.raises(ConfigError):
+        cache_secret()
+    monkeypatch.setenv(CACHE_SECRET_VARIABLE, "x" * 32)
+    assert cache_secret() == b"x" * 32
+
+
+def test_the_settings_reach_the_library_s_configs():
+    cache = Cache(redis="redis://h", timeout_s=0.02, ttl_s=5, lease_s=3, memory_bytes=7)
+    config = cache.config("redis://h")
+    assert (config.timeout_s, config.ttl_s, config.lease_s, config.memory_bytes) == (0.02, 5, 3, 7)
+    args = {
+        "models": [MODEL],
+        "limits": {"max_images": 2},
+        "keys": [{"tenant": "a", "sha256": "0" * 64, "models": ["m"]}],
+    }
+    settings = AppSettings.model_validate(args)
+    assert settings.limits.config().max_images == 2
+    assert not settings.key_book().is_open

@@ -1,0 +1,231 @@
+"""Who is paid: budgets, seats, blocks, classes and tenants. Nothing is computed here."""
+
+from __future__ import annotations
+
+import pytest
+from engine_fakes import make_call, make_vectors, paper_driver
+
+from omnilmm.engine.engine import Tokens
+from omnilmm.errors import Overloaded
+from omnilmm.messages import Priority
+
+BATCH = {"priority": Priority.BATCH}
+
+
+def test_a_step_pays_no_more_than_its_budget():
+    driver, runner = paper_driver(max_step_tokens=10)
+    for seed in range(3):
+        driver.submit(make_call(8, seed=seed))
+    paid = []
+    for _ in range(3):
+        driver.step()
+        paid.append(runner.last())
+    assert paid == [{0: 8, 1: 2}, {0: 1, 1: 6, 2: 3}, {0: 1, 1: 1, 2: 5}]
+
+
+def test_decodes_come_before_chunks_of_prompts():
+    driver, runner = paper_driver(max_step_tokens=4)
+    driver.submit(make_call(30))
+    driver.submit(make_call(2, seed=1))
+    while not driver.answers[1].ids:
+        driver.step()
+    assert driver.answers[0].ids  # in order of submission: the long prompt first
+    driver.submit(make_call(30, seed=2))
+    driver.step()
+    assert runner.last() == {0: 1, 1: 1, 2: 2}
+
+
+def test_seats_are_limited():
+    driver, runner = paper_driver(max_sequences=2)
+    for seed in range(3):
+        driver.submit(make_call(4, seed=seed, max_tokens=2))
+    driver.step()
+    assert set(runner.last()) == {0, 1}
+    driver.step()
+    driver.step()
+    assert set(runner.last()) == {2}
+
+
+def test_a_full_queue_refuses_its_own_class_only():
+    driver, _ = paper_driver(max_waiting=2)
+    for _ in range(2):
+        driver.submit(make_call(4, **BATCH))
+    with pytest.raises(Overloaded) as caught:
+        driver.submit(make_call(4, **BATCH))
+    assert caught.value.retry_after
+    driver.submit(make_call(4))
+    driver.engine.check_integrity()
+    driver.finish()
+    assert sum(bool(answer.finish) for answer in driver.answers.values()) == 3
+
+
+def test_online_goes_first():
+    driver, runner = paper_driver(max_step_tokens=8)
+    driver.submit(make_call(8, seed=1, **BATCH))
+    driver.submit(make_call(8, seed=2))
+    driver.step()
+    assert runner.last() == {1: 8}
+    driver.step()
+    assert runner.last() == {1: 1, 0: 7}
+
+
+def test_batch_yields_its_seat_within_one_step():
+    driver, runner = paper_driver(max_sequences=2)
+    for seed in range(2):
+        driver.submit(make_call(4, seed=seed, **BATCH))
+    driver.step()
+    assert set(runner.last()) == {0, 1}
+    driver.submit(make_call(4, seed=2))
+    driver.step()
+    assert set(runner.last()) == {0, 2}  # the later of the two gave way
+    driver.finish()
+    assert all(len(answer.ids) == 8 for answer in driver.answers.values())
+
+
+def test_batch_yields_its_blocks_within_one_step():
+    driver, runner = paper_driver(num_blocks=8, block_size=4)
+    for seed in range(2):
+        driver.submit(make_call(14, seed=seed, max_tokens=4, **BATCH))
+    driver.step()
+    driver.submit(make_call(15, seed=2, max_tokens=2))
+    driver.step()
+    assert set(runner.last()) == {0, 2}
+    driver.finish()
+    assert [len(driver.answers[n].ids) for n in range(3)] == [4, 4, 2]
+
+
+def test_nobody_below_starts_while_online_waits_for_room():
+    driver, runner = paper_driver(num_blocks=8, block_size=4)
+    driver.submit(make_call(20, max_tokens=4))
+    driver.step()
+    driver.submit(make_call(20, seed=1, max_tokens=4))  # no room beside the first
+    driver.submit(make_call(4, seed=2, max_tokens=4, **BATCH))  # there would be
+    driver.step()
+    assert set(runner.last()) == {0}
+    driver.finish()
+    assert driver.engine.stats().num_preemptions == 0
+
+
+def test_the_latest_gives_way_when_blocks_run_out():
+    driver, _ = paper_driver(num_blocks=6, block_size=4)
+    for seed in range(3):
+        driver.submit(make_call(7, seed=seed, max_tokens=12))
+    preempted_at = None
+    while driver.engine.has_work:
+        driver.step()
+        if preempted_at is None and driver.engine.stats().num_preemptions:
+            preempted_at = {n: len(driver.answers[n].ids) for n in range(3)}
+    assert preempted_at is not None
+    finished = [n for n in range(3) if driver.answers[n].finish]
+    assert finished == [0, 1, 2]
+    assert all(len(answer.ids) == 12 for answer in driver.answers.values())
+
+
+def test_order_of_finishing_follows_submission_under_pressure():
+    driver, _ = paper_driver(num_blocks=6, block_size=4)
+    for seed in range(4):
+        driver.submit(make_call(7, seed=seed, max_tokens=12))
+    ends = []
+    while driver.engine.has_work:
+        ends += [o.sequence_id for o in driver.step() if isinstance(o, Tokens) and o.batch.finish]
+    assert ends == [0, 1, 2, 3]
+
+
+def test_tenants_share_by_weight():
+    driver, _ = paper_driver(max_sequences=2)
+    for seed in range(12):
+        driver.submit(make_call(4, seed=seed, max_tokens=3, tenant="flood"))
+    for seed in range(4):
+        driver.submit(make_call(4, seed=20 + seed, max_tokens=3, tenant="victim", weight=3.0))
+    ends = []
+    while driver.engine.has_work:
+        ends += [o.sequence_id for o in driver.step() if isinstance(o, Tokens) and o.batch.finish]
+    victims = [ends.index(sequence_id) for sequence_id in range(12, 16)]
+    assert max(victims) <= 7  # though twelve calls of the other tenant came first
+
+
+def test_a_missing_first_picture_lets_others_pass():
+    driver, runner = paper_driver()
+    first = driver.submit(make_call(8, pictures=[("a", 0, 4)], with_vectors=False))
+    driver.submit(make_call(4, seed=1))
+    driver.step()
+    assert set(runner.last()) == {1}
+    driver.engine.supply(first, "a", make_vectors("a", 4))
+    driver.step()
+    assert runner.last() == {0: 8, 1: 1}
+
+
+def test_tokens_before_a_missing_picture_are_paid():
+    driver, runner = paper_driver()
+    first = driver.submit(make_call(20, pictures=[("a", 10, 4)], with_vectors=False))
+    assert driver.answers[first].needed == ["a"]
+    driver.step()
+    assert runner.last() == {0: 10}
+    driver.step()
+    assert runner.last() == {}
+    assert not driver.engine.has_work  # nothing to do until the picture comes
+    driver.engine.supply(first, "a", make_vectors("a", 4))
+    assert driver.engine.has_work
+    driver.step()
+    assert runner.last() == {0: 10}
+    assert driver.answers[first].needed == ["a"]  # asked once
+
+
+def test_one_that_is_stuck_gives_its_seat_to_one_that_can_run():
+    driver, runner = paper_driver(max_sequences=1)
+    stuck = driver.submit(make_call(20, pictures=[("a", 10, 4)], with_vectors=False))
+    driver.step()
+    driver.submit(make_call(4, seed=1, max_tokens=3))
+    driver.step()
+    assert set(runner.last()) == {1}
+    driver.engine.supply(stuck, "a", make_vectors("a", 4))
+    driver.finish()
+    assert len(driver.answers[stuck].ids) == 8
+
+
+def test_two_that_are_stuck_do_not_chase_one_another():
+    driver, runner = paper_driver(max_sequences=1)
+    for seed in range(2):
+        driver.submit(make_call(20, seed=seed, pictures=[("a", 11, 4)], with_vectors=False))
+    for _ in range(5):
+        driver.step()
+    assert [len(plan.rows) for plan in runner.plans] == [1, 0, 0, 0, 0]
+    assert driver.engine.stats().num_preemptions == 0
+
+
+def test_a_waiting_sequence_asks_again_when_its_prefix_is_gone():
+    """The picture was in the pool when the call came in, and is not any more when its turn comes."""
+    driver, _ = paper_driver(num_blocks=8, block_size=4, max_sequences=1)
+    picture = {"pictures": [("a", 0, 8)]}
+    driver.run(make_call(12, max_tokens=2, **picture))
+    driver.submit(make_call(28, seed=5, max_tokens=4))  # will take every block
+    waiting = driver.submit(make_call(12, max_tokens=2, with_vectors=False, **picture))
+    assert driver.answers[waiting].needed == []
+    driver.finish()
+    assert driver.answers[waiting].needed == ["a"]
+    driver.engine.supply(waiting, "a", make_vectors("a", 8))
+    driver.finish()
+    assert driver.answers[waiting].finish
+
+
+def test_equal_prompts_wait_for_the_first_to_be_computed():
+    driver, runner = paper_driver(max_step_tokens=8)
+    for _ in range(3):
+        driver.submit(make_call(18, max_tokens=2))
+    driver.submit(make_call(3, seed=1, max_tokens=2))
+    paid = []
+    for _ in range(4):
+        driver.step()
+        paid.append(runner.last())
+    assert paid == [{0: 8}, {0: 8}, {0: 2, 1: 2, 2: 2, 3: 2}, {0: 1, 1: 1, 2: 1, 3: 1}]
+
+
+def test_recomputing_is_not_charged_to_the_tenant():
+    driver, runner = paper_driver(num_blocks=6, block_size=4)
+    for seed in range(2):
+        driver.submit(make_call(9, seed=seed, max_tokens=12, tenant=f"t{seed}"))
+    driver.finish()
+    assert driver.engine.stats().num_preemptions > 0
+    assert sum(plan.num_tokens for plan in runner.plans) > 2 * (9 + 11)  # some was computed twice
+    counters = driver.engine._scheduler._queues[Priority.ONLINE]._counters
+    assert counters["t0"] == counters["t1"]
