@@ -10,7 +10,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -41,7 +41,7 @@ class Service(Protocol):
 
     keys: KeyBook
     limits: ImageLimits
-    flows: Mapping[str, ChatFlow]
+    flows: dict[str, ChatFlow]
     started: int
     max_body_bytes: int
     request_timeout_s: float

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Self
 
 from omnilmm.config import ImageLimits, ImagePolicy
-from omnilmm.errors import ImageError, Overloaded
+from omnilmm.errors import ImageError, Overloaded, StartupError
 from omnilmm.image.headers import Size
 from omnilmm.image.process import DecodeProcess
 from omnilmm.image.source import check_picture, located
@@ -97,11 +97,15 @@ class DecodePool:
         Raises:
             ImageError: the picture is not one we take, takes too long, or broke its decoder.
             PayloadTooLarge: image_file_too_large.
-            Overloaded: too many pictures wait already, or the pool is closed.
+            Overloaded: too many pictures wait already, no worker can be started, or the pool is closed.
         """
         with located(param):
             width, height = check_picture(data, self._limits)
-            await self.start()
+            try:
+                await self.start()
+            except StartupError:
+                logger.exception("the decode workers could not be started; the next picture tries again")
+                raise _overloaded() from None
             if self._closed or self._jobs.qsize() >= self._max_queue:
                 raise _overloaded()
             answer: asyncio.Future[PreparedImage] = asyncio.get_running_loop().create_future()
@@ -124,7 +128,7 @@ class DecodePool:
         """Owns one worker: takes a job, has it done, replaces the worker where needed, for ever."""
         while True:
             job = await self._jobs.get()
-            if False:
+            if job.answer.done():
                 continue  # its caller left while it waited
             try:
                 process = self._processes[slot]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from picture_files import encode, photo, png_header
+from picture_files import encode, exif_block, photo, png_header
 from PIL import Image
 
 from omnilmm.config import ImageLimits, ImagePolicy
@@ -86,6 +86,12 @@ async def test_both_preparers_give_what_the_functions_give(pool: DecodePool, saf
                 await preparer.prepare(data, policy=safe, param="messages[2]")
             assert (refusal.value.code, refusal.value.param) == (code, "messages[2]")
         assert await submit(preparer, safe) == expected
+
+
+async def test_a_picture_may_come_back_turned(pool: DecodePool, safe: ImagePolicy) -> None:
+    data = encode(photo(30, 20), "JPEG", exif=b"Exif\0\0" + exif_block(6))
+    answer = await pool.prepare(data, policy=safe, param="p")
+    assert (answer.identity.width, answer.identity.height) == (20, 30)
 
 
 async def test_a_header_is_refused_without_a_worker(safe: ImagePolicy) -> None:
@@ -280,6 +286,8 @@ async def test_children_that_cannot_start(monkeypatch: pytest.MonkeyPatch, safe:
         pool = DecodePool(LIMITS)
         with pytest.raises(StartupError):
             await pool.start()
+        with pytest.raises(Overloaded):
+            await pool.prepare(PICTURE, policy=safe, param="p")
         assert pool.worker_pids == ()
         await pool.close()
 

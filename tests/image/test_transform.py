@@ -77,17 +77,13 @@ MODES: dict[str, tuple[bytes, np.ndarray]] = {
         png_file(INDICES % 4, bits=2, colour=0, before=[(b"tRNS", b"\0\2")]),
         white(85 * (INDICES % 4), np.where(INDICES % 4 == 2, 0, 255)),
     ),
-    "4_bit_grey_tRNS": (
-        png_file(INDICES, bits=4, colour=0, before=[(b"tRNS", b"\0\x07")]),
+    "4_bit_grey_tRNS": (  # of the transparent colour only the low 4 bits count
+        png_file(INDICES, bits=4, colour=0, before=[(b"tRNS", b"\1\x17")]),
         white(17 * INDICES.astype(int), np.where(INDICES == 7, 0, 255)),
     ),
     "grey": (png_file(GREY, colour=0), white(GREY, 255 + 0 * GREY)),
     "grey_tRNS": (
         png_file(GREY, colour=0, before=[(b"tRNS", b"\0" + bytes([GREY[3, 3, 0]]))]),
-        white(GREY, np.where(GREY[3, 3] == GREY, 0, 255)),
-    ),
-    "grey_tRNS_high_bits": (  # of which only the low ones count
-        png_file(GREY, colour=0, before=[(b"tRNS", b"\7" + bytes([GREY[3, 3, 0]]))]),
         white(GREY, np.where(GREY[3, 3] == GREY, 0, 255)),
     ),
     "16_bit_grey": (png_file(WIDE, bits=16, colour=0), white(WIDE >> 8, 255 + 0 * WIDE)),
