@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import PIL
-from PIL import Image
+from PIL import Image, ImageChops
 from PIL.GifImagePlugin import GifImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
@@ -86,12 +86,12 @@ def decode(data: bytes, handling: InputHandling, limits: ImageLimits) -> Image.I
         size = check_picture(data, limits)
         kind = sniff(data)
         stripped, exif = _strip(kind, data)
-        image: Image.Image = _DECODERS[kind](io.BytesIO(stripped))
+        image = _open(kind, stripped)
         if image.size != size:
             raise ImageError("The picture's headers contradict each other.", code="image_parse_error")
         image.load()
-        if kind == "PNG" and _ends_blank(image) and not png.is_complete(stripped):
-            raise ImageError("The PNG file is damaged or cut short.", code="image_parse_error")
+        if not _is_complete(kind, stripped, image):
+            raise ImageError("The picture is damaged or cut short.", code="image_parse_error")
         if handling is InputHandling.ORIGINAL:
             # It plays no part in the conversion of pixels, and Pillow warns about some forms of it.
             image.info.pop("transparency", None)
@@ -135,12 +135,26 @@ def _strip(kind: Format, data: bytes) -> tuple[bytes, bytes]:
     return data, b""
 
 
-def _ends_blank(image: Image.Image) -> bool:
-    """Whether rows may be missing: Pillow leaves them at zero, in interlaced files anywhere, else at the end."""
-    if "interlace" in image.info:
-        return True
-    last = image.crop((0, image.height - 1, image.width, image.height))
-    return not any(last.tobytes())
+def _open(kind: Format, stripped: bytes) -> Image.Image:
+    return _DECODERS[kind](io.BytesIO(stripped))
+
+
+def _is_complete(kind: Format, stripped: bytes, image: Image.Image) -> bool:
+    """False where Pillow filled in what the file does not hold, which it does without a word.
+
+    In a PNG the missing rows stay zero: the last one, or any in an interlaced file. In a JPEG the missing blocks
+    are mid-grey, and the last one is among them. Only where it looks like that is it found out for certain.
+    """
+    if kind == "PNG":
+        last_row = image.crop((0, image.height - 1, image.width, image.height))
+        suspicious = "interlace" in image.info or not any(last_row.tobytes())
+        return not suspicious or png.is_complete(stripped)
+    if kind == "JPEG":
+        last_pixel = image.crop((image.width - 1, image.height - 1, image.width, image.height))
+        if set(last_pixel.tobytes()) <= {127, 128}:
+            again = _open(kind, jpeg.with_surplus(stripped))
+            return ImageChops.difference(image, again).getbbox() is None
+    return True
 
 
 def _eight_bits(image: Image.Image, bit_depth: int) -> Image.Image:

@@ -14,6 +14,12 @@ from omnilmm.observe import CacheAsked, Event
 
 SECRET = b"the operator's secret of the tests"
 
+PATIENT_S = 5.0
+"""Budget of a tier whose answers a test needs, however busy the machine."""
+
+HASTY_S = 0.05
+"""Budget of a tier whose patience is tested: the product's own."""
+
 
 @dataclass
 class Recorder:

@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
-from cache_fakes import SECRET, HandClock, Recorder, is_at_rest, until
+from cache_fakes import PATIENT_S, SECRET, HandClock, Recorder, is_at_rest, until
 from fault_proxy import FaultProxy
 from redis import Redis
 
@@ -58,6 +58,7 @@ async def make_tier(recorder: Recorder, clock: HandClock) -> AsyncIterator[Calla
     tiers: list[RedisTier] = []
 
     def make(url: str, **settings: object) -> RedisTier:
+        settings = {"timeout_s": PATIENT_S, **settings}
         tiers.append(RedisTier(url, codec=Codec(SECRET), observer=recorder, clock=clock, **settings))
         return tiers[-1]
 
@@ -76,7 +77,7 @@ async def make_store(recorder: Recorder, clock: HandClock) -> AsyncIterator[Call
     stores: list[TieredStore] = []
 
     def make(url: str | None, *, sole: bool = False, **settings: object) -> TieredStore:
-        config = CacheConfig(redis_url=url, **settings)
+        config = CacheConfig(redis_url=url, **{"timeout_s": PATIENT_S, **settings})
         stores.append(open_store(config, secret=SECRET, observer=recorder, clock=clock, sole=sole))
         return stores[-1]
 

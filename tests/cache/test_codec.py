@@ -4,7 +4,7 @@ import hmac
 import struct
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omnilmm.cache.codec import Codec
@@ -35,23 +35,27 @@ def sealed(key: str, header: bytes, body: bytes, secret: bytes = SECRET) -> byte
     return header + body + hmac.digest(derive(secret, b"omnilmm cache values"), message, "sha256")
 
 
+@settings(deadline=None)
 @given(embeddings(), st.text(alphabet="abcdef0123456789:"))
 def test_what_was_stored_comes_back(embedding: Embedding, key: str) -> None:
     assert CODEC.decode(key, CODEC.encode(key, embedding)) == embedding
 
 
+@settings(deadline=None)
 @given(st.binary(min_size=32, max_size=32), st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1))
 def test_an_identity_comes_back(digest: bytes, width: int, height: int) -> None:
     identity = PixelIdentity(digest, width, height)
     assert CODEC.decode_identity("pix:1", CODEC.encode_identity("pix:1", identity)) == identity
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_arbitrary_bytes_are_nothing(raw: bytes) -> None:
     assert CODEC.decode("emb:1", raw) is None
     assert CODEC.decode_identity("pix:1", raw) is None
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_any_flipped_bit_is_found(data: st.DataObject) -> None:
     for raw, decode in (

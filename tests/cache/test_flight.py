@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from cache_fakes import SECRET, HandClock, is_at_rest, names_in, until
+from cache_fakes import HASTY_S, SECRET, HandClock, is_at_rest, names_in, until
 from fault_proxy import FaultProxy
 from redis import Redis
 
@@ -329,7 +329,7 @@ async def test_a_cancelled_lookup_leaves_no_lease_behind(server: RedisServer, ma
 
 
 async def test_when_redis_goes_waiters_fend_for_themselves(proxy: FaultProxy, make_store) -> None:
-    leader, follower = make_store("unix://" + proxy.upstream), make_store(proxy.url)
+    leader, follower = make_store("unix://" + proxy.upstream), make_store(proxy.url, timeout_s=HASTY_S)
     lease = (await leader.lookup([KEY]))[KEY]
     encoder = CountingEncoder()
     encoder.go.set()

@@ -3,7 +3,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omnilmm.cache.key import KeyRing
@@ -33,6 +33,7 @@ def fields(text: st.SearchStrategy[str]) -> st.SearchStrategy[dict]:
     )
 
 
+@settings(deadline=None)
 @given(fields(words))
 def test_an_embedding_key_is_hex_under_its_kind_and_the_same_every_time(parts: dict) -> None:
     key = RING.embedding_key(**parts)
@@ -40,11 +41,13 @@ def test_an_embedding_key_is_hex_under_its_kind_and_the_same_every_time(parts: d
     assert key == RING.embedding_key(**parts) == KeyRing(b"0123456789abcdef").embedding_key(**parts)
 
 
+@settings(deadline=None)
 @given(fields(tight), fields(tight))
 def test_two_embedding_keys_meet_only_if_every_part_does(one: dict, other: dict) -> None:
     assert (RING.embedding_key(**one) == RING.embedding_key(**other)) == (one == other)
 
 
+@settings(deadline=None)
 @given(fields(words), st.data())
 def test_each_part_alone_changes_the_key(parts: dict, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(parts)))
@@ -52,6 +55,7 @@ def test_each_part_alone_changes_the_key(parts: dict, data: st.DataObject) -> No
     assert RING.embedding_key(**parts) != RING.embedding_key(**{**parts, name: changed})
 
 
+@settings(deadline=None)
 @given(identities)
 def test_the_size_is_part_of_the_picture(identity: PixelIdentity) -> None:
     turned = PixelIdentity(identity.digest, identity.height, identity.width)
@@ -60,6 +64,7 @@ def test_the_size_is_part_of_the_picture(identity: PixelIdentity) -> None:
     assert (RING.embedding_key(identity, **rest) == RING.embedding_key(turned, **rest)) == same
 
 
+@settings(deadline=None)
 @given(st.binary(min_size=32, max_size=32), tight, tight, tight, tight)
 def test_two_aliases_meet_only_if_scope_and_decoding_do(digest: bytes, a: str, b: str, c: str, d: str) -> None:
     one, other = RING.alias_key(digest, scope=a, decoding=b), RING.alias_key(digest, scope=c, decoding=d)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
@@ -71,8 +71,10 @@ class Books(RuleBasedStateMachine):
 
 
 TestBooks = Books.TestCase
+TestBooks.settings = settings(max_examples=40, deadline=None)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 100)))
 def test_what_was_put_last_is_there_if_it_fits(sizes: list[int]) -> None:
     tier: MemoryTier[int] = MemoryTier(ENTRY_BYTES + 100)

@@ -65,24 +65,31 @@ def hung(server):
 
 
 @contextmanager
-def configured(server, **options):
+def full(server):
     with redis.Redis.from_url(server.url) as client:
-        before = {name: client.config_get(name)[name] for name in options}
-        for name, value in options.items():
-            client.config_set(name, value)
+        before = client.config_get("maxmemory*")
+        client.config_set("maxmemory-policy", "noeviction")
+        client.config_set("maxmemory", "1")
         try:
             yield
         finally:
-            for name in options:
+            for name in ("maxmemory", "maxmemory-policy"):
                 client.config_set(name, before[name])
 
 
-FAULTS = {
-    "killed": killed,
-    "hung": hung,
-    "full": lambda server: configured(server, **{"maxmemory-policy": "noeviction", "maxmemory": "1"}),
-    "locked": lambda server: configured(server, requirepass="changed"),
-}
+@contextmanager
+def locked(server):
+    """The password is changed, and everyone must sign in again."""
+    with redis.Redis.from_url(server.url) as client:
+        client.config_set("requirepass", "changed")
+        client.client_kill_filter(_type="normal", skipme=True)
+        try:
+            yield
+        finally:
+            client.config_set("requirepass", "")
+
+
+FAULTS = {"killed": killed, "hung": hung, "full": full, "locked": locked}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -91,9 +98,6 @@ def test_every_request_answers_whatever_redis_does(cluster, faulty, server, tmp_
     known = picture_body(tmp_path, (number, 1, 1))
     known_answer, _ = answer(cluster, faulty, known)
     with FAULTS[fault](server):
-        if fault == "locked":
-            with redis.Redis.from_url(server.url, password="changed") as client:
-                client.client_kill_filter(_type="normal", skipme=True)
         again, _ = answer(cluster, faulty, known)
         assert again == known_answer
         fresh = picture_body(tmp_path, (number, 2, 2))
@@ -107,7 +111,8 @@ def test_a_client_that_leaves_frees_its_sequence(cluster, golden):
     body = golden("omnilmm-3b", "coins_gray.png", "empty").body(stream=True, max_tokens=3000, ignore_eos=True)
     with httpx.stream("POST", f"{cluster.url}/v1/chat/completions", json=body, timeout=60) as response:
         assert response.status_code == 200, response.read()
-        next(response.iter_bytes())
+        received = response.iter_bytes()  # closing this iterator closes the connection
+        next(received)
         running = cluster.stats("decoder-omnilmm-3b")
     assert running["num_running"] == 1
     wait_until(lambda: cluster.stats("decoder-omnilmm-3b")["num_running"] == 0, "the sequence is gone", 5)

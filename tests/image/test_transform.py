@@ -28,7 +28,7 @@ from PIL import Image
 
 from omnilmm.config import ImageLimits, ImagePolicy, InputHandling
 from omnilmm.errors import IMAGE_CODES, ImageError, PayloadTooLarge, StartupError
-from omnilmm.image import transform
+from omnilmm.image import jpeg, transform
 from omnilmm.image.transform import check_pillow, decode, identity, normalise, prepare, squash
 
 SAFE, ORIGINAL = InputHandling.SAFE, InputHandling.ORIGINAL
@@ -350,6 +350,53 @@ def test_a_png_that_stops_early_in_good_order(interlace: bool) -> None:
     Image.open(io.BytesIO(short)).load()
     for handling in InputHandling:
         assert refusal_of(short, handling) == "image_parse_error"
+
+
+JPEGS = {
+    "baseline": {},
+    "sharp": {"quality": 100, "subsampling": 0},
+    "progressive": {"progressive": True},
+    "restarts": {"restart_marker_blocks": 2},
+    "rgb": {"keep_rgb": True},
+}
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("name", JPEGS)
+def test_a_jpeg_that_ends_early_in_good_order(name: str, mode: str) -> None:
+    """Cut anywhere, and told to end there: Pillow alone makes the rest grey and says nothing."""
+    data = encode(photo(40, 40).convert(mode), "JPEG", **JPEGS[name])
+    whole = decoded(data)
+    scan = next(segment for segment in jpeg.segments(data) if segment.marker == 0xDA)
+    for length in range(scan.start + 20, scan.end):
+        try:
+            cut = decoded(data[:length].rstrip(b"\xff") + b"\xff\xd9")
+        except ImageError as refusal:
+            assert refusal.code == "image_parse_error"  # noqa: PT017
+        else:  # finer detail may be gone, or the last block be off
+            assert name == "progressive" or (cut != whole).any(axis=-1).sum() <= 18 * 18
+            assert not set(cut[-1, -1].tolist()) <= {127, 128}
+
+
+@pytest.mark.parametrize("name", JPEGS)
+def test_a_jpeg_that_claims_more_rows_than_it_has(name: str) -> None:
+    data = bytearray(encode(PICTURE, "JPEG", **JPEGS[name]))
+    height = jpeg_height_at(data)
+    data[height : height + 2] = struct.pack(">H", 160)
+    assert refusal_of(bytes(data)) == "image_parse_error"
+
+
+def jpeg_height_at(data: bytearray) -> int:
+    frame = next(segment for segment in jpeg.segments(bytes(data)) if segment.marker in (0xC0, 0xC1, 0xC2))
+    return frame.body + 1
+
+
+@pytest.mark.parametrize("grey", [127, 128])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("name", JPEGS)
+def test_a_jpeg_may_be_grey(name: str, mode: str, grey: int) -> None:
+    image = Image.new(mode, (50, 30), (grey,) * len(mode))
+    assert decoded(encode(image, "JPEG", **JPEGS[name])).std() == 0
 
 
 def test_a_png_may_end_in_black() -> None:
