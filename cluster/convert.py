@@ -178,6 +178,8 @@ def _shortest(number: float) -> float:
 def _token_ids(source: _Source) -> dict[str, int]:
     ids = {"bos": source.need("tokenizer.ggml.bos_token_id"), "eos": source.need("tokenizer.ggml.eos_token_id")}
     ids["pad"] = source.get("tokenizer.ggml.padding_token_id", ids["eos"])
+    if max(ids.values()) >= len(source.need("tokenizer.ggml.tokens")):
+        raise CheckpointError("The GGUF file names a token that is outside its vocabulary.")
     return {f"{role}_token_id": int(token_id) for role, token_id in ids.items()}
 
 
@@ -235,13 +237,16 @@ def _tokenizer(source: _Source) -> Tokenizer:
         raise CheckpointError("The GGUF file puts a space in front of every text, which byte-level BPE here does not.")
     pieces: Sequence[str] = source.need("tokenizer.ggml.tokens")
     vocabulary = {piece: index for index, piece in enumerate(pieces)}
-    if len(vocabulary) < len(pieces):
-        raise CheckpointError("The GGUF file's vocabulary holds a token twice.")
+    kinds: Sequence[int] = source.need("tokenizer.ggml.token_type")
+    if not len(vocabulary) == len(pieces) == len(kinds):
+        raise CheckpointError("The GGUF file's vocabulary holds a token twice, or one without a type.")
     merges = [tuple(merge.split(" ")) for merge in source.need("tokenizer.ggml.merges")]
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, fuse_unk=False))
+    try:
+        tokenizer = Tokenizer(models.BPE(vocabulary, merges))
+    except Exception as error:  # the library raises bare Exception
+        raise CheckpointError("The GGUF file's merges do not fit its vocabulary.") from error
     tokenizer.pre_tokenizer = _SPLITTERS[rule]()
     tokenizer.decoder = decoders.ByteLevel()
-    kinds: Sequence[int] = source.need("tokenizer.ggml.token_type")
     tokenizer.add_special_tokens([AddedToken(pieces[i], special=True) for i, k in enumerate(kinds) if k == _CONTROL])
     added = [AddedToken(pieces[i], normalized=False) for i, k in enumerate(kinds) if k == _USER_DEFINED]
     tokenizer.add_tokens(added)

@@ -34,6 +34,7 @@ RAY_ENVIRONMENT: Mapping[str, str] = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",  # about half the cost per hop of the object store
     "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(256 * 1024**2),  # a request body can be 32 MB
     "RAY_DEDUP_LOGS": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # what Ray does there suits us: it listens on loopback only
 }
 
 
@@ -120,9 +121,8 @@ class LocalCluster:
             _metrics_export_port=self.metrics_port,
         )
         address = ray.get_runtime_context().gcs_address
-        say(
-            f"Ray is up at {address} ({time.monotonic() - begun:.1f} s); logs: {self.temp_dir}/session_latest/logs/serve"
-        )
+        logs = f"{self.temp_dir}/session_latest/logs/serve"
+        say(f"Ray is up at {address} ({time.monotonic() - begun:.1f} s); logs: {logs}")
 
     def _start_serve(self, say: Say) -> None:
         begun = time.monotonic()

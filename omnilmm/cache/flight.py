@@ -133,7 +133,7 @@ class Flights:
             if renew and self._redis is not None:
                 await self._redis.keep_lease(key, self.token, self._lease_s)
             await asyncio.sleep(self._lease_s / 3)
-            renew = False
+            renew = True
             if lease() is None:
                 self._heartbeats.pop(outcome, None)
                 outcome.set_result(None)

@@ -224,7 +224,7 @@ def _make_pool(url: str, timeout_s: float) -> ConnectionPool:
         "max_connections": MAX_CONNECTIONS,
         # `budget` is the bound. redis-py's own would know nothing of a busy loop, and its bound on writes is made with
         # asyncio.wait_for, which in Python 3.11 can swallow a cancellation (cpython issue 86296): ours, or a client's.
-        "socket_timeout": None,
+        "socket_timeout": 1.0,
         "socket_connect_timeout": timeout_s,
         "socket_read_size": _READ_BYTES,
         "retry": Retry(NoBackoff(), 0),

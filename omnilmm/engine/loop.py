@@ -164,8 +164,11 @@ class EngineLoop:
 
     def stop(self) -> None:
         """End open streams with ReplicaLost, free everything, and join the thread."""
+        with self._gate:
+            if self._is_open:
+                self._inbox.put(_Stop())
+                self._is_open = False
         if self._thread is not None:
-            self._try_post(_Stop())
             self._thread.join()
             self._thread = None
 

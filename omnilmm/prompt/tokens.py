@@ -24,6 +24,10 @@ from omnilmm.prompt.vocabulary import NUM_BYTES, Piece, Special, Vocabulary
 _META_SPACE = "▁"
 _SHRINK_PROBE = "  x  Ａ ﬁ ① e\u0301 \u200b \u3000\t"
 """Text that every stock SentencePiece normaliser changes: runs of spaces, compatibility forms, combining marks."""
+_UNKNOWN = "\ufffd"
+_INDISPENSABLE = frozenset((*b"\t\n\r", *range(0x20, 0x7F), *range(0x80, 0xC0), *_UNKNOWN.encode()))
+"""Bytes that a byte-level vocabulary must have. SmolLM2's, learned from text, lacks six control characters and what
+begins the unassigned planes of Unicode; its own library drops such characters, and we put U+FFFD in their place."""
 
 
 def load_tokenizer(folder: Path) -> Vocabulary:
@@ -157,7 +161,7 @@ class SentencePieceVocabulary(Vocabulary):
         probe = _SHRINK_PROBE.replace(" ", _META_SPACE)
         super().__init__(
             spellings=_overlaid([_spelling(piece) for piece in pieces], specials),
-            byte_ids=byte_ids,
+            byte_ids=dict(enumerate(byte_ids)),
             char_ids=_char_ids(enumerate(pieces), specials),
             specials=specials,
             bos=bos,
@@ -224,8 +228,8 @@ class JsonVocabulary(Vocabulary):
             raise CheckpointError(f"{path.name} cannot be read as a tokenizer.") from error
         alphabet = _byte_alphabet() if "ByteLevel" in _kinds(layout.get("decoder")) else None
         byte_pieces = alphabet or [f"<0x{byte:02X}>" for byte in range(NUM_BYTES)]
-        byte_ids = [index for piece in byte_pieces if (index := processor.token_to_id(piece)) is not None]
-        if len(byte_ids) < NUM_BYTES:
+        byte_ids = {b: i for b, piece in enumerate(byte_pieces) if (i := processor.token_to_id(piece)) is not None}
+        if not byte_ids.keys() >= (_INDISPENSABLE if alphabet else set(range(NUM_BYTES))):
             raise CheckpointError(f"{path.name} cannot spell every byte: text outside its vocabulary would be lost.")
         pieces = {index: piece for piece, index in processor.get_vocab(with_added_tokens=True).items()}
         added = processor.get_added_tokens_decoder()
@@ -253,8 +257,11 @@ class JsonVocabulary(Vocabulary):
         )
         processor.encode_special_tokens = behind.encode_special_tokens = True  # their text is text here
         self._processor, self._behind = processor, behind
+        self._unknown_bytes = frozenset(range(NUM_BYTES)) - byte_ids.keys()
 
     def encode_text(self, text: str, *, first: bool = True) -> list[Piece]:
+        if self._unknown_bytes and not self._unknown_bytes.isdisjoint(text.encode()):
+            text = "".join(char if self._unknown_bytes.isdisjoint(char.encode()) else _UNKNOWN for char in text)
         encoded = (self._processor if first else self._behind).encode(text, add_special_tokens=False)
         return [Piece(i, *offsets) for i, offsets in zip(encoded.ids, encoded.offsets, strict=True)]
 

@@ -1,7 +1,8 @@
 """What both tokenizer backends have in common: a table of what each id spells, and the control tokens.
 
 A *control token* (BOS, EOS, a picture mark, ``<|im_end|>``) has an id that no ordinary text may produce. A *piece*
-is any other entry of the vocabulary. Every vocabulary we take can spell every byte, so no text is ever lost.
+is any other entry of the vocabulary. A vocabulary that cannot spell every byte of ordinary text is not taken, so no
+text is ever lost.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Vocabulary(ABC):
 
     Args:
         spellings: what each id adds to a text in the middle of it; a special token gives its literal text.
-        byte_ids: the 256 ids that spell single bytes, in order.
+        byte_ids: the ids that spell single bytes, by byte.
         char_ids: pieces that spell exactly one character.
         specials: the tokens at which a text is cut in front of encoding.
         bos, eos: literal text of the two; a vocabulary without BOS reports its EOS as `bos_id`.
@@ -60,7 +61,7 @@ class Vocabulary(ABC):
         self,
         *,
         spellings: Sequence[bytes],
-        byte_ids: Sequence[int],
+        byte_ids: Mapping[int, int],
         char_ids: Mapping[str, int],
         specials: Iterable[Special],
         bos: str | None,
@@ -73,8 +74,8 @@ class Vocabulary(ABC):
     ) -> None:
         specials = tuple(specials)
         self._spellings = tuple(spellings)
-        self._byte_ids = tuple(byte_ids)
-        self._byte_set = frozenset(byte_ids)
+        self._byte_ids = dict(byte_ids)
+        self._byte_set = frozenset(byte_ids.values())
         self._char_ids = dict(char_ids)
         self.special_ids: Mapping[str, int] = {s.text: s.id for s in specials if s.control}
         self.control_ids = frozenset(self.special_ids.values())

@@ -22,6 +22,7 @@ class FaultProxy:
     bytes_per_s: float | None = None
     flip_at: int | None = None
     num_accepted: int = 0
+    num_bytes_asked: int = 0
     port: int = 0
     _writers: set[asyncio.StreamWriter] = field(default_factory=set)
     _tasks: set[asyncio.Task] = field(default_factory=set)
@@ -87,6 +88,7 @@ class FaultProxy:
 
     async def _ask(self, reader: asyncio.StreamReader, up: asyncio.StreamWriter) -> None:
         while data := await reader.read(1 << 16):
+            self.num_bytes_asked += len(data)
             if not self.black_hole:
                 up.write(data)
                 await up.drain()

@@ -23,6 +23,7 @@ from omnilmm.messages import Embedding, Encoded
 from omnilmm.ports import Hit
 
 KEY = "emb:" + "0" * 64
+OTHER = "emb:" + "1" * 64
 SMALL = Embedding("float32", (2, 3), bytes(range(24)))
 STORED = Encoded(None, True, 0.1)
 
@@ -102,6 +103,34 @@ async def test_followers_of_a_leader_that_gives_up_look_again(make_store) -> Non
     follower = (await store.lookup([KEY]))[KEY]
     assert isinstance(follower, StoreLease)
     await follower.abandon()
+
+
+async def test_an_answer_that_waited_for_another_is_not_stale(
+    server: RedisServer, make_store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two ask for KEY together; one is held up by a second key while the other leads and lands."""
+    store = make_store(server.url)
+    find, gates = store._redis.find, [asyncio.Event(), asyncio.Event()]
+    to_come = iter(gates)
+
+    async def gated(keys: list[str]) -> list[bool] | None:
+        await next(to_come).wait()
+        return await find(keys)
+
+    monkeypatch.setattr(store._redis, "find", gated)
+    quick = asyncio.create_task(store.lookup([KEY]))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)  # its exchange is under way
+    held_up = asyncio.create_task(store.lookup([KEY, OTHER]))
+    await asyncio.sleep(0)
+    gates[0].set()
+    result = Encoded(SMALL, False, 0.1)
+    await (await quick)[KEY].resolve(result)
+    gates[1].set()
+    found = await held_up
+    assert isinstance(found[OTHER], StoreLease)
+    assert await found[KEY].wait(0.0) == result
+    await found[OTHER].abandon()
 
 
 @pytest.mark.parametrize("with_redis", [False, True])
@@ -241,6 +270,26 @@ async def test_a_lease_that_ended_before_the_wait_began_is_noticed(server: Redis
                 client.delete("omni:" + KEY)
                 continue
         assert await flight.wait(DEADLINE_S) is None
+
+
+async def test_news_that_came_between_lookup_and_wait_is_not_missed(
+    server: RedisServer, make_store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The follower already listens, for another picture, and passes over news nobody waits for yet."""
+    monkeypatch.setattr("omnilmm.cache.flight.POLL_S", 60.0)
+    leader, follower = make_store(server.url), make_store(server.url)
+    leases_taken = await leader.lookup([KEY, OTHER])
+    flights = await follower.lookup([KEY, OTHER])
+    listening = asyncio.create_task(flights[OTHER].wait(DEADLINE_S))
+    with Redis.from_url(server.url) as client:
+        await until(lambda: client.pubsub_numsub("omni:wake")[0][1] == 1)
+    await asyncio.sleep(0.05)
+    await leader.put(KEY, SMALL)
+    await leases_taken[KEY].resolve(STORED)
+    await asyncio.sleep(0.05)  # the news has come and gone
+    assert (await flights[KEY].wait(DEADLINE_S)).stored
+    await leases_taken[OTHER].abandon()
+    assert await listening is None
 
 
 # -- F31: the leader dies -----------------------------------------------------------------------------

@@ -6,6 +6,7 @@ further applications beside the first.
 
 import base64
 import json
+import logging
 import os
 import re
 import signal
@@ -23,6 +24,7 @@ import httpx
 import pytest
 import yaml
 
+from cluster.local import RAY_ENVIRONMENT
 from deployments.settings import CACHE_SECRET_VARIABLE
 
 START_TIMEOUT_S = 180
@@ -182,7 +184,7 @@ def cluster(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cl
     args = {"models": [model_settings(data, name) for name in FAMILIES]}
     config.write_text(yaml.safe_dump({"applications": [{"import_path": "deployments.app:build", "args": args}]}))
     port = free_port()
-    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "PYTHONUNBUFFERED": "1", CACHE_SECRET_VARIABLE: "s" * 32}
+    environment = os.environ | {"PYTHONUNBUFFERED": "1", CACHE_SECRET_VARIABLE: "s" * 32}
     process = subprocess.Popen(
         [Path(sys.executable).with_name("omnilmm"), "serve", "--config", config, "--port", str(port)],
         stdout=subprocess.PIPE,
@@ -212,12 +214,12 @@ def cluster(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cl
 
 
 def connect(running: Cluster) -> None:
-    os.environ["RAY_AUTH_MODE"] = "disabled"
-    os.environ.setdefault("RAY_SERVE_USE_GRPC_BY_DEFAULT", "1")
+    os.environ.update(RAY_ENVIRONMENT)
     import ray
 
     address = re.search(r"Ray is up at (\S+)", running.await_line("Ray is up at", 5))
     assert address is not None
+    logging.getLogger("ray.serve").setLevel(logging.CRITICAL)  # its threads outlive the connection, and complain
     ray.init(address=address.group(1), namespace="serve", log_to_driver=False, logging_level=40)
 
 

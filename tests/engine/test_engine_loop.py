@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -26,14 +26,8 @@ from omnilmm.errors import (
 from omnilmm.messages import Embedding, FinishReason, GenerateCall, Sampling, TokenBatch
 from omnilmm.observe import Event, PrefillDone, StepRun
 
+PATIENCE_S = 30  # nothing here may hang
 PICTURE = {"pictures": [("a", 4, 8)]}
-
-
-@pytest.fixture(autouse=True)
-async def _patience() -> AsyncIterator[None]:
-    """Nothing here may hang."""
-    async with asyncio.timeout(60):
-        yield
 
 
 class Gate(PaperRunner):
@@ -48,7 +42,7 @@ class Gate(PaperRunner):
     def run(self, plan: Plan) -> StepResult:
         if plan.rows and not self.is_open:
             self.arrived.release()
-            self.allowed.acquire()
+            assert self.allowed.acquire(timeout=PATIENCE_S), "the test forgot the gate"
         return super().run(plan)
 
     def open(self) -> None:
@@ -57,7 +51,7 @@ class Gate(PaperRunner):
 
     async def wait(self) -> None:
         """Until a step has been chosen and is about to run."""
-        await asyncio.to_thread(self.arrived.acquire)
+        assert await asyncio.to_thread(self.arrived.acquire, timeout=PATIENCE_S), "no step came"
 
 
 class Crash(PaperRunner):
@@ -110,7 +104,8 @@ async def fetch_vectors(key: str) -> Embedding | None:
 
 
 async def collect(loop: EngineLoop, call: GenerateCall, fetch=fetch_nothing) -> list[TokenBatch]:
-    return [batch async for batch in loop.generate(call, fetch=fetch)]
+    async with asyncio.timeout(PATIENCE_S):
+        return [batch async for batch in loop.generate(call, fetch=fetch)]
 
 
 def ids_of(batches: list[TokenBatch]) -> tuple[int, ...]:
@@ -157,7 +152,7 @@ async def test_tokens_are_bundled_for_a_slow_reader(make_loop):
         gate.allowed.release()
         assert len((await first).ids) == 1
         gate.open()
-        await loop.drain(30)  # while the reader does something else
+        await loop.drain(PATIENCE_S)  # while the reader does something else
         assert len((await anext(stream)).ids) == 11
 
 
@@ -220,7 +215,7 @@ async def test_a_reader_who_leaves_frees_the_blocks_within_a_step(make_loop, lea
             await reader
     num_steps = len(gate.plans)
     gate.allowed.release()  # the step that was under way
-    assert await loop.drain(30)
+    assert await loop.drain(PATIENCE_S)
     assert loop.stats().blocks_used == 0
     assert len(gate.plans) == num_steps + 1
 
@@ -235,7 +230,7 @@ async def test_leaving_while_waiting_for_a_seat(make_loop):
     waiting.cancel()
     gate.open()
     assert len(ids_of(await running)) == 8
-    assert await loop.drain(30)
+    assert await loop.drain(PATIENCE_S)
     assert {row.sequence_id for plan in gate.plans for row in plan.rows} == {0}
 
 
@@ -251,7 +246,7 @@ async def test_a_deadline_frees_even_without_a_pull(make_loop):
     # Nobody pulls any more; the deadline passes while a step is under way.
     await asyncio.to_thread(threading.Event().wait, 0.1)
     gate.allowed.release()
-    assert await loop.drain(30)
+    assert await loop.drain(PATIENCE_S)
     assert loop.stats().blocks_used == 0
     with pytest.raises(DeadlineExceeded):
         async for _ in stream:
@@ -297,7 +292,7 @@ async def test_a_picture_found_nowhere_ends_the_stream_and_frees_it(make_loop):
     loop = make_loop()
     call = make_call(30, pictures=[("a", 8, 4), ("b", 14, 4), ("c", 20, 4)], with_vectors=False)
     assert await collect(loop, call, fetch) == [TokenBatch(missing=("a", "c"))]
-    assert await loop.drain(30)
+    assert await loop.drain(PATIENCE_S)
     assert loop.stats().blocks_used == 0
 
 
@@ -324,7 +319,7 @@ async def test_an_error_while_fetching_ends_the_stream(make_loop):
     loop = make_loop()
     with pytest.raises(Overloaded, match="store"):
         await collect(loop, make_call(16, with_vectors=False, **PICTURE), fetch)
-    assert await loop.drain(30)
+    assert await loop.drain(PATIENCE_S)
 
 
 async def test_leaving_cancels_the_fetch(make_loop):
@@ -344,7 +339,7 @@ async def test_leaving_cancels_the_fetch(make_loop):
     await has_begun.wait()
     reader.cancel()
     await was_cancelled.wait()
-    assert await loop.drain(30)
+    assert await loop.drain(PATIENCE_S)
 
 
 # -- the end ------------------------------------------------------------------------------------------
@@ -355,7 +350,7 @@ async def test_draining_finishes_what_runs_and_refuses_what_comes(make_loop):
     loop = make_loop(gate, config=CONFIG.resolve(max_sequences=1))
     accepted = [asyncio.ensure_future(collect(loop, make_call(6, seed=n))) for n in range(2)]
     await gate.wait()
-    draining = asyncio.ensure_future(loop.drain(30))
+    draining = asyncio.ensure_future(loop.drain(PATIENCE_S))
     await asyncio.sleep(0)
     late = asyncio.ensure_future(collect(loop, make_call(6, seed=2)))
     await asyncio.sleep(0)
@@ -375,7 +370,7 @@ async def test_a_drain_gives_up_in_time(make_loop):
     assert not await loop.drain(0.01)
     gate.open()
     assert len(ids_of(await running)) == 8
-    assert await loop.drain(30)
+    assert await loop.drain(PATIENCE_S)
 
 
 async def test_stopping_ends_open_streams_with_replica_lost(make_loop):
@@ -384,6 +379,8 @@ async def test_stopping_ends_open_streams_with_replica_lost(make_loop):
     streams = [asyncio.ensure_future(collect(loop, make_call(6, seed=n))) for n in range(2)]
     await gate.wait()
     stopping = asyncio.ensure_future(asyncio.to_thread(loop.stop))
+    while loop.is_healthy:  # noqa: ASYNC110  the order to stop is on its way from the other thread
+        await asyncio.sleep(0)
     gate.allowed.release()
     await stopping
     for stream in streams:
@@ -401,7 +398,7 @@ async def test_a_finished_stream_survives_the_stop(make_loop):
     loop = make_loop(max_batch_tokens=1)
     stream = loop.generate(make_call(6), fetch=fetch_nothing)
     first = await anext(stream)
-    assert await loop.drain(30)
+    assert await loop.drain(PATIENCE_S)
     loop.stop()
     rest = [batch async for batch in stream]
     assert len(ids_of([first, *rest])) == 8
@@ -440,25 +437,24 @@ def test_a_reader_whose_event_loop_is_gone_is_forgotten(make_loop):
 
     async def pull_one() -> None:
         stream = loop.generate(make_call(9, max_tokens=50), fetch=fetch_nothing)
-        asyncio.ensure_future(anext(stream))
+        pulls.append(asyncio.ensure_future(anext(stream)))
         await gate.wait()
 
+    pulls: list[asyncio.Future[TokenBatch]] = []
     event_loop = asyncio.new_event_loop()
     event_loop.run_until_complete(pull_one())
-    leftover = asyncio.all_tasks(event_loop)
     event_loop.close()
     gate.open()
-    assert asyncio.run(loop.drain(30))
+    assert asyncio.run(loop.drain(PATIENCE_S))
     assert loop.stats().blocks_used == 0
     assert loop.is_healthy
-    del leftover
 
 
 async def test_steps_and_prefills_are_observed(make_loop):
     recorder = Recorder()
     loop = make_loop(observer=recorder)
     await asyncio.gather(collect(loop, make_call(9, max_tokens=3)), collect(loop, make_call(5, seed=1, max_tokens=3)))
-    assert await loop.drain(30)
+    assert await loop.drain(PATIENCE_S)
     steps = [event for event in recorder.events if isinstance(event, StepRun)]
     prefills = [event for event in recorder.events if isinstance(event, PrefillDone)]
     assert sum(step.num_tokens for step in steps) == 9 + 2 + 5 + 2

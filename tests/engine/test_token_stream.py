@@ -14,7 +14,7 @@ PREFILL = Prefill(5, 0, (), 0.0)
 
 
 @pytest.fixture
-def stream() -> TokenStream:
+async def stream() -> TokenStream:
     """A stream that never flushes by time: what it gives, it gives for another reason."""
     return TokenStream(flush_interval_s=1e6, max_batch_tokens=4)
 
