@@ -1,7 +1,7 @@
 # make serve          install what serving needs and start the server on this machine
 # make test           install the test tools too and run every test
 # make lint | format  check the code | put it in order
-# make bench          measure a running server
+# make bench          start a server and measure its turns; for one model: ARGS='--model NAME=PATH'
 # make install        only install        make clean   remove what the other targets made
 #
 # PYTHON       the interpreter for the virtual environment (3.11 or newer)
@@ -24,8 +24,8 @@ TORCH := $(shell grep '^torch==' requirements.lock)
 serve: $(VENV)/.serve
 	@$(BIN)/omnilmm serve $(ARGS)
 
-bench: $(VENV)/.serve
-	@$(BIN)/omnilmm bench $(ARGS)
+bench: $(VENV)/.develop
+	@$(BIN)/python tests/bench/turns.py $(ARGS)
 
 test: $(VENV)/.develop
 	@$(BIN)/python -m pytest $(ARGS)

@@ -117,6 +117,7 @@ class _Picture:
     key: str = ""
     source: ImageSource = ImageSource.CACHE
     embedding: Embedding | None = None  # only when it must travel by value
+    seconds: float = 0.0  # until its vectors could be had
 
 
 @dataclass(slots=True)
@@ -182,7 +183,10 @@ class ChatFlow:
                     yield delta
             assert progress.finish is not None
             status = 200
-            yield Finished(progress.finish, _usage(prompt, pictures, progress))
+            usage = _usage(prompt, pictures, progress)
+            for picture, told in zip(pictures, usage.images, strict=True):
+                self._observer.emit(ImageResolved(self.card.name, told.source, picture.seconds))
+            yield Finished(progress.finish, usage)
         except OmniError as error:
             status = error.status
             raise
@@ -271,7 +275,7 @@ class ChatFlow:
         for picture in pictures:
             twin = by_key[distinct[picture.raw_digest].key]
             picture.identity, picture.key = twin.identity, twin.key
-            picture.source, picture.embedding = twin.source, twin.embedding
+            picture.source, picture.embedding, picture.seconds = twin.source, twin.embedding, twin.seconds
         return pictures
 
     def _check_sizes(self, parts: Sequence[ImagePart]) -> None:
@@ -328,7 +332,7 @@ class ChatFlow:
             picture.source = ImageSource.ENCODED
             break
         picture.prepared = None  # three quarters of a megabyte that nobody needs any more
-        self._observer.emit(ImageResolved(self.card.name, picture.source, self._clock.monotonic() - begun))
+        picture.seconds = self._clock.monotonic() - begun
 
     async def _encode_under(self, lease: Lease, picture: _Picture, progress: _Progress) -> None:
         try:

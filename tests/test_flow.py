@@ -29,7 +29,7 @@ from omnilmm.messages import (
     TokenBatch,
     Turn,
 )
-from omnilmm.observe import RequestFinished, Retried
+from omnilmm.observe import ImageResolved, RequestFinished, Retried
 from omnilmm.pipeline import SystemClock
 from omnilmm.prompt.template import load_template
 
@@ -252,6 +252,7 @@ async def test_a_picture_whose_blocks_are_in_kv_is_told_so(house):
     house.decoder.kv = (0,)
     _, finished = await house.answer(ask(RED, "What?"))
     assert sources(finished) == [ImageSource.KV]
+    assert [event.source for event in house.notes.of(ImageResolved)] == [ImageSource.ENCODED, ImageSource.KV]
 
 
 async def test_vectors_lost_between_lookup_and_use_are_brought_by_value(house):

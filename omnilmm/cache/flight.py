@@ -28,7 +28,8 @@ from omnilmm.messages import Encoded
 POLL_S: Final = 0.25
 """Between two looks at the keys others are encoding. News comes sooner; this bounds how late a death is noticed."""
 
-Outcome = asyncio.Future[Encoded | None]
+Landing = asyncio.Future[Encoded | None]
+"""How a flight ends: the leader's result, or None if there is none to be had."""
 
 
 class StoreLease:
@@ -40,7 +41,7 @@ class StoreLease:
 
     def __init__(self, flights: Flights, key: str) -> None:
         self.key = key
-        self.outcome: Outcome = asyncio.get_running_loop().create_future()
+        self.landing: Landing = asyncio.get_running_loop().create_future()
         self._flights = flights
 
     async def resolve(self, encoded: Encoded) -> None:
@@ -51,20 +52,20 @@ class StoreLease:
 
 
 class StoreFlight:
-    """Someone else encodes `key`: a lease of this process (then `outcome` is its future), or of another."""
+    """Someone else encodes `key`: a lease of this process (then `landing` is its future), or of another."""
 
-    def __init__(self, flights: Flights, key: str, outcome: Outcome | None) -> None:
+    def __init__(self, flights: Flights, key: str, landing: Landing | None) -> None:
         self._flights = flights
         self._key = key
-        self._outcome = outcome
+        self._landing = landing
 
     async def wait(self, timeout_s: float) -> Encoded | None:
         """Their result, with the vectors in it if only this process has them; None means look the key up again."""
         try:
             async with asyncio.timeout(timeout_s):
-                if self._outcome is None:
+                if self._landing is None:
                     return await self._flights.await_news(self._key)
-                return await asyncio.shield(self._outcome)
+                return await asyncio.shield(self._landing)
         except TimeoutError:
             return None
 
@@ -73,7 +74,7 @@ class StoreFlight:
 class _Awaited:
     """A key another process encodes, and how many here wait for it."""
 
-    outcome: Outcome
+    landing: Landing
     num_waiters: int = 0
 
 
@@ -92,7 +93,7 @@ class Flights:
         """Names this process as the holder of a lease."""
         # Weak, so that a lease its holder lost does not block its key for ever.
         self._leases: weakref.WeakValueDictionary[str, StoreLease] = weakref.WeakValueDictionary()
-        self._heartbeats: dict[Outcome, asyncio.Task[None]] = {}
+        self._heartbeats: dict[Landing, asyncio.Task[None]] = {}
         self._awaited: dict[str, _Awaited] = {}
         self._watcher: asyncio.Task[None] | None = None
 
@@ -105,7 +106,7 @@ class Flights:
     def try_join(self, key: str) -> StoreFlight | None:
         """Follow a lease of this process, if there is one."""
         lease = self._leases.get(key)
-        return None if lease is None else StoreFlight(self, key, lease.outcome)
+        return None if lease is None else StoreFlight(self, key, lease.landing)
 
     def take(self, key: str, state: KeyState | None) -> StoreLease | StoreFlight:
         """Lead or follow, given how the key stands; None means that Redis does not say."""
@@ -124,19 +125,19 @@ class Flights:
     def _lead(self, key: str, *, renew: bool) -> StoreLease:
         lease = StoreLease(self, key)
         self._leases[key] = lease
-        heartbeat = self._beat(weakref.ref(lease), key, lease.outcome, renew)
-        self._heartbeats[lease.outcome] = asyncio.create_task(heartbeat, name=f"heartbeat {key}")
+        heartbeat = self._beat(weakref.ref(lease), key, lease.landing, renew)
+        self._heartbeats[lease.landing] = asyncio.create_task(heartbeat, name=f"heartbeat {key}")
         return lease
 
-    async def _beat(self, lease: weakref.ref[StoreLease], key: str, outcome: Outcome, renew: bool) -> None:
+    async def _beat(self, lease: weakref.ref[StoreLease], key: str, landing: Landing, renew: bool) -> None:
         while True:
             if renew and self._redis is not None:
                 await self._redis.keep_lease(key, self.token, self._lease_s)
             await asyncio.sleep(self._lease_s / 3)
             renew = True
             if lease() is None:
-                self._heartbeats.pop(outcome, None)
-                outcome.set_result(None)
+                self._heartbeats.pop(landing, None)
+                landing.set_result(None)
                 return
 
     async def end(self, lease: StoreLease, encoded: Encoded | None) -> None:
@@ -145,7 +146,7 @@ class Flights:
         In this order because a follower here that is told to look again could lead at once, in the name of the very
         lease that is about to be let go.
         """
-        heartbeat = self._heartbeats.pop(lease.outcome, None)
+        heartbeat = self._heartbeats.pop(lease.landing, None)
         if heartbeat is None:
             return  # ended before
         try:
@@ -157,7 +158,7 @@ class Flights:
         finally:
             if self._leases.get(lease.key) is lease:
                 del self._leases[lease.key]
-            lease.outcome.set_result(encoded)
+            lease.landing.set_result(encoded)
             self._settle(lease.key, encoded)
 
     # -- following another process --------------------------------------------------------------------
@@ -175,7 +176,7 @@ class Flights:
                 self._watcher = asyncio.create_task(self._watch(self._redis), name="cache watch")
             if is_new:
                 await self._poll(self._redis, [key])  # it may have ended since the lookup
-            return await asyncio.shield(awaited.outcome)
+            return await asyncio.shield(awaited.landing)
         finally:
             awaited.num_waiters -= 1
             if not awaited.num_waiters and self._awaited.get(key) is awaited:
@@ -224,7 +225,7 @@ class Flights:
     def _settle(self, key: str, encoded: Encoded | None) -> None:
         awaited = self._awaited.pop(key, None)
         if awaited is not None:
-            awaited.outcome.set_result(encoded)
+            awaited.landing.set_result(encoded)
 
     # -- the end --------------------------------------------------------------------------------------
 
@@ -240,8 +241,10 @@ class Flights:
             await lease.abandon()
         for key in list(self._awaited):
             self._settle(key, None)
-        tasks = [*self._heartbeats.values(), *([self._watcher] if self._watcher else [])]
-        self._heartbeats.clear()
+        lost, self._heartbeats = self._heartbeats, {}  # what is left are leases that were dropped
+        for landing in lost:
+            landing.set_result(None)
+        tasks = [*lost.values(), *([self._watcher] if self._watcher else [])]
         for task in tasks:
             task.cancel()
         if tasks:

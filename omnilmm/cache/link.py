@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-MAX_CONNECTIONS: Final = 16
+MAX_CONNECTIONS: Final = 8  # more would only make each exchange slower: one loop reads them all
 _GRACE_TURNS: Final = 24  # connecting takes about 5, each 256 KiB of an answer 2
 _READ_BYTES: Final = 1 << 18  # asyncio hands over at most this much at once; the default of 32 KiB costs 16 rounds
 
@@ -78,8 +78,9 @@ async def converse(connection: AbstractConnection, *commands: tuple[Any, ...]) -
 class RedisLink:
     """Connections to one server.
 
-    A server that is gone costs its discoverer at most `timeout_s`, a hung one too; while the breaker is open a call
-    costs nothing. Under local contention a call may wait up to another `timeout_s` for one of the connections.
+    A server that is gone or hangs costs at most `timeout_s` whoever finds out; while the breaker is open a call costs
+    nothing. When more calls come at once than there are connections, they queue for up to two more `timeout_s`, as
+    long as the server answers the others: a queue for a server that hangs leaves with the first who found out.
 
     Args:
         url: redis://, rediss:// or unix://, with credentials and database number as redis-py reads them.
@@ -107,7 +108,7 @@ class RedisLink:
         if not self._breaker.can_enter():
             return None
         try:
-            async with budget(self._timeout_s):
+            async with budget(2 * self._timeout_s):
                 await self._slots.acquire()
         except TimeoutError:
             return None  # too many of us at once, which says nothing about the server
@@ -224,7 +225,7 @@ def _make_pool(url: str, timeout_s: float) -> ConnectionPool:
         "max_connections": MAX_CONNECTIONS,
         # `budget` is the bound. redis-py's own would know nothing of a busy loop, and its bound on writes is made with
         # asyncio.wait_for, which in Python 3.11 can swallow a cancellation (cpython issue 86296): ours, or a client's.
-        "socket_timeout": 1.0,
+        "socket_timeout": None,
         "socket_connect_timeout": timeout_s,
         "socket_read_size": _READ_BYTES,
         "retry": Retry(NoBackoff(), 0),

@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from omnilmm.cache.flight import Flights, Outcome, StoreFlight, StoreLease
+from omnilmm.cache.flight import Flights, Landing, StoreFlight, StoreLease
 from omnilmm.cache.redis import KeyState, RedisTier
 from omnilmm.ports import Hit, Lookup
 
@@ -22,7 +22,7 @@ class _Question:
 
     answer: asyncio.Future[KeyState | None]
     num_askers: int = 0
-    led: Outcome | None = None  # of the one asker who took the lead; the others follow, even if it has ended by then
+    led: Landing | None = None  # of the one asker who took the lead; the others follow, even if it has ended by then
 
 
 class Questions:
@@ -63,7 +63,7 @@ class Questions:
             return StoreFlight(self._flights, key, question.led)
         lookup = self._flights.take(key, state)
         if isinstance(lookup, StoreLease):
-            question.led = lookup.outcome
+            question.led = lookup.landing
         return lookup
 
     def _enter(self, key: str) -> _Question:

@@ -219,7 +219,6 @@ def connect(running: Cluster) -> None:
 
     address = re.search(r"Ray is up at (\S+)", running.await_line("Ray is up at", 5))
     assert address is not None
-    logging.getLogger("ray.serve").setLevel(logging.CRITICAL)  # its threads outlive the connection, and complain
     ray.init(address=address.group(1), namespace="serve", log_to_driver=False, logging_level=40)
 
 
@@ -227,4 +226,5 @@ def disconnect() -> None:
     import ray
 
     if ray.is_initialized():
+        logging.getLogger("ray.serve").disabled = True  # its threads outlive the connection, and complain
         ray.shutdown()

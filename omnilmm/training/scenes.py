@@ -1,0 +1,238 @@
+"""Synthetic scenes: what is in a picture, decided before anything is drawn, so that every question has a known answer.
+
+A scene is a function of (split, seed, index). Scenes of the split TRAIN never hold certain pairs of colour and shape;
+every scene of COMBINATIONS holds one, and TEST is like TRAIN with other numbers. Words that are read in TRAIN are never
+read in the other two.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond", "cross", "ring")
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "black", "white")
+SIZES = ("small", "large")
+RADII: Mapping[str, tuple[float, float]] = {"small": (0.062, 0.08), "large": (0.115, 0.155)}
+"""From the centre to the rim, as a share of the picture's shorter side."""
+
+CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+GRID = 8
+FACTS = (*SHAPES, *COLOURS, *SIZES, *CHARACTERS)
+"""What can be told of a cell of the GRID x GRID grid, in the order of `facts`."""
+
+MAX_COUNT = 9
+
+WORDS = tuple(
+    "ACE ACT ADD AGE AIR ANT APE ARM ART ASK BAG BAR BAT BED BEE BIG BIRD BOAT BOOK BOX BOY BUS CAFE CAKE CAR CAT CITY "
+    "COLD COW CUP DAY DESK DOG DOOR DUCK EAR EAST EGG EXIT EYE FARM FAST FIRE FISH FLAG FOG FOX FROG GAME GATE GIFT "
+    "GLAD GOAT GOLD GOOD HAND HAT HELP HILL HOME HOT HOUR ICE INK JAM JAR JOB JUMP KEY KID KIND KING KITE LAKE LAMP "
+    "LEAF LEG LION LOVE MAP MILK MOON MUD NAME NEST NET NEW NORTH NOSE NUT OAK OIL OPEN OWL PARK PEN PIG PLAY POND QUIZ "
+    "RAIN RED RICE RING ROAD ROCK SALT SAND SEA SHIP SHOP SIGN SKY SNOW SONG STAR STOP SUN TAXI TEA TEN TIME TOY TREE "
+    "TWO VAN VIEW WALK WALL WAVE WAY WEB WEST WIND WOLF WOOD YARD YEAR YES ZERO ZOO".split()
+)
+
+
+class Split(StrEnum):
+    TRAIN = "train"
+    TEST = "test"
+    COMBINATIONS = "combinations"
+
+
+@dataclass(frozen=True, slots=True)
+class Thing:
+    """One shape. `x`, `y` are the centre as shares of width and height, from the top left."""
+
+    shape: str
+    colour: str
+    size: str
+    x: float
+    y: float
+    radius: float
+    turn: float  # degrees, anticlockwise
+
+    @property
+    def kind(self) -> tuple[str, str]:
+        return self.colour, self.shape
+
+
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """A number or a word; `x`, `y` its centre, `height` of the letters as a share of the picture's shorter side.
+    `font` is any number: the fonts at hand are counted round."""
+
+    text: str
+    x: float
+    y: float
+    height: float
+    font: int
+
+    @property
+    def is_number(self) -> bool:
+        return self.text.isdigit()
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """`texture` names the background (`scenes_draw`), `noise` seeds everything random in drawing it."""
+
+    things: tuple[Thing, ...]
+    writing: Writing | None
+    texture: str
+    noise: int
+    width: float = 1.0  # relative to the height
+
+
+TEXTURES: Mapping[str, float] = {"plain": 0.4, "gradient": 0.15, "grain": 0.15, "stripes": 0.08, "photo": 0.22}
+
+
+def is_held_out(colour: str, shape: str) -> bool:
+    """Whether this pair is never seen in training: one colour for every shape, one shape for every colour."""
+    return (3 * SHAPES.index(shape) + COLOURS.index(colour)) % len(COLOURS) == 0
+
+
+def is_word_held_out(word: str) -> bool:
+    """One word in eight."""
+    return hashlib.sha256(word.encode()).digest()[0] % 8 == 0
+
+
+def generator(*key: object) -> random.Random:
+    """Random numbers that belong to `key` alone, the same in every process."""
+    return random.Random("/".join(map(str, key)))  # noqa: S311  nothing here is secret
+
+
+def make_scene(split: Split, seed: int, index: int, *, level: float = 1.0) -> Scene:
+    """Scene number `index`.
+
+    Args:
+        split: decides which pairs and words may occur.
+        seed: a world of its own for every number.
+        index: from 0.
+        level: below 1, only the easiest share of the layouts is used: 0 gives one thing on a plain ground.
+    """
+    rng = generator("scene", split, seed, index, round(level, 3))
+    layouts = tuple(LAYOUTS)[: max(1, round(level * len(LAYOUTS)))]
+    if split is Split.COMBINATIONS:
+        layouts = tuple(name for name in layouts if name != "empty")
+    layout = rng.choices(layouts, [LAYOUTS[name][0] for name in layouts])[0]
+    kinds = LAYOUTS[layout][1](rng, _Pairs(rng, split))
+    width = rng.choice((1.0, 1.0, 1.0, 4 / 3, 3 / 4))
+    writing = _writing(rng, split) if layout == "writing" else None
+    things = _placed(rng, kinds, width, writing)
+    simple = {"plain": 1.0} if level < 0.3 else TEXTURES
+    return Scene(
+        things=things,
+        writing=writing,
+        texture=rng.choices(tuple(simple), tuple(simple.values()))[0],
+        noise=rng.getrandbits(32),
+        width=width,
+    )
+
+
+# -- what is in a scene ---------------------------------------------------------------------------------
+
+
+class _Pairs:
+    """Draws colours with shapes as the split allows them. In COMBINATIONS the first drawn is one of those held out."""
+
+    def __init__(self, rng: random.Random, split: Split) -> None:
+        self._rng, self._owes_one = rng, split is Split.COMBINATIONS
+
+    def draw(self, taken: tuple[tuple[str, str], ...] = ()) -> tuple[str, str]:
+        wanted, self._owes_one = self._owes_one, False
+        allowed = [
+            (colour, shape)
+            for colour in COLOURS
+            for shape in SHAPES
+            if is_held_out(colour, shape) == wanted and (colour, shape) not in taken
+        ]
+        return self._rng.choice(allowed)
+
+
+_Kind = tuple[str, str, str]  # colour, shape, size
+
+
+def _several(num: int) -> Callable[[random.Random, _Pairs], list[_Kind]]:
+    def kinds(rng: random.Random, pairs: _Pairs) -> list[_Kind]:
+        drawn: list[tuple[str, str]] = []
+        for _ in range(num):
+            drawn.append(pairs.draw(tuple(drawn)))
+        rng.shuffle(drawn)
+        return [(*pair, rng.choice(SIZES)) for pair in drawn]
+
+    return kinds
+
+
+def _some(rng: random.Random, pairs: _Pairs) -> list[_Kind]:
+    return _several(rng.choice((3, 3, 4)))(rng, pairs)
+
+
+def _crowd(rng: random.Random, pairs: _Pairs) -> list[_Kind]:
+    """Up to nine things of one sort, or of two sorts of which one is at least two."""
+    total = rng.randint(2, MAX_COUNT)
+    first = pairs.draw()
+    size = "small" if total > 4 else rng.choice(SIZES)
+    if rng.random() < 0.4:
+        return [(*first, size)] * total
+    second = pairs.draw((first,))
+    share = rng.randint(1, total - 1)
+    return [(*first, size)] * share + [(*second, size)] * (total - share)
+
+
+def _beside_writing(rng: random.Random, pairs: _Pairs) -> list[_Kind]:
+    return _several(rng.choice((0, 0, 1, 2)))(rng, pairs)
+
+
+_Layout = tuple[float, Callable[[random.Random, _Pairs], list[_Kind]]]
+LAYOUTS: Mapping[str, _Layout] = {  # easiest first: how often, and what is in it
+    "one": (0.14, _several(1)),
+    "two": (0.26, _several(2)),
+    "some": (0.18, _some),
+    "writing": (0.18, _beside_writing),
+    "crowd": (0.21, _crowd),
+    "empty": (0.03, _several(0)),
+}
+
+
+def _writing(rng: random.Random, split: Split) -> Writing:
+    if rng.random() < 0.55:
+        text = str(rng.randrange(10 ** rng.randint(1, 4)))
+    else:
+        text = rng.choice([word for word in WORDS if is_word_held_out(word) == (split is not Split.TRAIN)])
+    return Writing(
+        text, x=rng.uniform(0.4, 0.6), y=rng.uniform(0.25, 0.75), height=rng.uniform(0.2, 0.27), font=rng.getrandbits(16)
+    )
+
+
+# -- where it is ----------------------------------------------------------------------------------------
+
+
+def _placed(rng: random.Random, kinds: list[_Kind], width: float, writing: Writing | None) -> tuple[Thing, ...]:
+    """The things in places where they overlap neither one another nor the writing. Crowded scenes may end up with
+    fewer: what finds no place is left out."""
+    short = min(width, 1.0)
+    placed: list[Thing] = []
+    for colour, shape, size in sorted(kinds, key=lambda kind: kind[2]):  # large ones first
+        radius = rng.uniform(*RADII[size])
+        rim_x, rim_y = radius * short / width, radius * short
+        for _ in range(60):
+            x, y = rng.uniform(rim_x + 0.02, 0.98 - rim_x), rng.uniform(rim_y + 0.02, 0.98 - rim_y)
+            if _is_free(x, y, radius, placed, width, writing):
+                placed.append(Thing(shape, colour, size, x, y, radius, rng.uniform(-12, 12)))
+                break
+    rng.shuffle(placed)
+    return tuple(placed)
+
+
+def _is_free(x: float, y: float, radius: float, placed: list[Thing], width: float, writing: Writing | None) -> bool:
+    short = min(width, 1.0)
+    if writing is not None and abs(y - writing.y) < (radius + 0.65 * writing.height) * short:
+        return False
+    return all(
+        ((x - other.x) * width) ** 2 + (y - other.y) ** 2 > ((radius + other.radius) * short + 0.03) ** 2
+        and max(abs(x - other.x), abs(y - other.y)) > 1 / GRID  # no two centres in one cell
+        for other in placed
+    )

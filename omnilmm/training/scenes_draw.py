@@ -1,0 +1,289 @@
+"""From a scene to a picture, and to what lies in each cell of its grid.
+
+Fonts and photographs come from packages that are installed anyway with the extra ``train`` (DejaVu and others with
+matplotlib, pictures with scikit-image or scikit-learn); nothing is fetched. The same scene gives the same picture
+wherever the same packages are installed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from omnilmm.config import ImageLimits, InputHandling
+from omnilmm.image.transform import decode
+from omnilmm.training.scenes import FACTS, GRID, Scene, Thing, Writing
+
+RGB = tuple[int, int, int]
+
+PAINT: Mapping[str, RGB] = {
+    "red": (214, 36, 36),
+    "orange": (244, 138, 18),
+    "yellow": (246, 222, 40),
+    "green": (36, 158, 60),
+    "blue": (36, 84, 216),
+    "purple": (142, 48, 172),
+    "black": (22, 22, 22),
+    "white": (246, 246, 246),
+}
+_GROUNDS: Sequence[RGB] = (
+    (232, 226, 214),
+    (205, 216, 226),
+    (196, 205, 188),
+    (214, 196, 204),
+    (176, 180, 186),
+    (140, 132, 122),
+    (96, 104, 116),
+    (62, 66, 60),
+    (70, 58, 72),
+    (252, 252, 252),
+    (128, 148, 152),
+)
+_FONTS = (
+    "DejaVuSans.ttf",
+    "DejaVuSans-Bold.ttf",
+    "DejaVuSerif.ttf",
+    "DejaVuSerif-Bold.ttf",
+    "DejaVuSansMono-Bold.ttf",
+    "STIXGeneralBol.ttf",
+)
+_FONT_FOLDERS = ("/usr/share/fonts/truetype/dejavu",)
+_PHOTOGRAPHS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "motorcycle_left.png", "gravel.png",
+                "grass.png", "brick.png", "china.jpg", "flower.jpg")  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Scenery:
+    """What drawing needs besides the scene. `fonts` are files (None: Pillow's own font), `photographs` (H, W, 3) uint8."""
+
+    fonts: tuple[Path | None, ...] = (None,)
+    photographs: tuple[np.ndarray, ...] = ()
+
+
+def load_scenery() -> Scenery:
+    """All fonts and photographs that are installed here."""
+    folders = [Path(folder) for folder in _FONT_FOLDERS]
+    if (root := _package_folder("matplotlib")) is not None:
+        folders.insert(0, root / "mpl-data" / "fonts" / "ttf")
+    fonts = [next((path for f in folders if (path := f / name).is_file()), None) for name in _FONTS]
+    homes = [
+        root / inside
+        for package, inside in (("skimage", "data"), ("sklearn", "datasets/images"))
+        if (root := _package_folder(package)) is not None
+    ]
+    photographs = [path for name in _PHOTOGRAPHS for home in homes if (path := home / name).is_file()]
+    return Scenery(
+        fonts=(None, *(font for font in fonts if font is not None)),
+        photographs=tuple(
+            np.asarray(decode(path.read_bytes(), InputHandling.SAFE, ImageLimits())) for path in photographs
+        ),
+    )
+
+
+def _package_folder(name: str) -> Path | None:
+    """Where a package lies, without importing it."""
+    spec = find_spec(name)
+    return Path(spec.origin).parent if spec is not None and spec.origin is not None else None
+
+
+def draw(scene: Scene, scenery: Scenery, *, side: int) -> Image.Image:
+    """The scene as an RGB picture whose longer side is `side` pixels."""
+    width = side if scene.width >= 1 else round(side * scene.width)
+    height = round(side / scene.width) if scene.width >= 1 else side
+    rng = np.random.default_rng(scene.noise)
+    shown = {PAINT[thing.colour] for thing in scene.things}
+    image, mean = _ground(scene.texture, width, height, rng, shown, scenery)
+    pen = ImageDraw.Draw(image)
+    rims = scene.texture in ("photo", "stripes") or rng.random() < 0.25
+    for thing in scene.things:
+        _draw_thing(pen, thing, width, height, rng, has_rim=rims)
+    if scene.writing is not None:
+        _write(pen, scene.writing, width, height, mean, scenery, has_rim=scene.texture in ("photo", "stripes"))
+    return image
+
+
+# -- the ground -----------------------------------------------------------------------------------------
+
+
+def _ground(
+    texture: str, width: int, height: int, rng: np.random.Generator, shown: set[RGB], scenery: Scenery
+) -> tuple[Image.Image, np.ndarray]:
+    """A background on which everything shown stands out, and its mean colour."""
+    base = _ground_colour(rng, shown)
+    if texture == "photo" and scenery.photographs:
+        pixels = _photograph(scenery.photographs[int(rng.integers(len(scenery.photographs)))], width, height, rng)
+        pixels = pixels * 0.45 + base * 0.55
+    elif texture == "gradient":
+        other = np.clip(base + rng.uniform(-38, 38, 3), 0, 255)
+        along = rng.uniform(0, 2 * math.pi)
+        xs, ys = np.linspace(-1, 1, width), np.linspace(-1, 1, height)[:, None]
+        share = np.clip(0.5 + 0.35 * (math.cos(along) * xs + math.sin(along) * ys), 0, 1)[..., None]
+        pixels = base * (1 - share) + other * share
+    elif texture == "stripes":
+        step = int(rng.integers(8, 30)) * max(1, height // 224)
+        bands = (np.add.outer(np.arange(height) * int(rng.integers(0, 2)), np.arange(width)) // step) % 2
+        pixels = base + (bands * rng.uniform(10, 24))[..., None]
+    else:
+        pixels = np.broadcast_to(base, (height, width, 3)).copy()
+    if texture == "grain" or rng.random() < 0.2:
+        coarse = rng.normal(0, rng.uniform(4, 16), (56, 56)).astype(np.float32)
+        pixels = pixels + np.asarray(Image.fromarray(coarse).resize((width, height)))[..., None]
+    image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+    return image, pixels.mean((0, 1))
+
+
+def _ground_colour(rng: np.random.Generator, shown: set[RGB]) -> np.ndarray:
+    """One of the quiet colours, far from all that is shown on it."""
+    order = rng.permutation(len(_GROUNDS))
+    distances = [min((math.dist(_GROUNDS[i], paint) for paint in shown), default=255.0) for i in order]
+    chosen = next((i for i, distance in zip(order, distances, strict=True) if distance > 95), None)
+    base = _GROUNDS[order[int(np.argmax(distances))] if chosen is None else chosen]
+    return np.clip(np.array(base, np.float64) + rng.uniform(-8, 8, 3), 0, 255)
+
+
+def _photograph(photograph: np.ndarray, width: int, height: int, rng: np.random.Generator) -> np.ndarray:
+    """A random part of it, (height, width, 3) float."""
+    rows, columns = photograph.shape[:2]
+    share = rng.uniform(0.4, 1.0)
+    part_h, part_w = int(rows * share), int(columns * share)
+    top, left = int(rng.integers(rows - part_h + 1)), int(rng.integers(columns - part_w + 1))
+    part = Image.fromarray(photograph[top : top + part_h, left : left + part_w])
+    return np.asarray(part.resize((width, height)), np.float64)
+
+
+# -- things ---------------------------------------------------------------------------------------------
+
+
+def _draw_thing(
+    pen: ImageDraw.ImageDraw, thing: Thing, width: int, height: int, rng: np.random.Generator, *, has_rim: bool
+) -> None:
+    x, y, radius = thing.x * width, thing.y * height, thing.radius * min(width, height)
+    paint = PAINT[thing.colour]
+    red, green, blue = np.clip(np.array(paint) + rng.integers(-14, 15, 3), 0, 255).tolist()
+    fill = (red, green, blue)
+    rim_width = max(1, round(min(width, height) / 150)) if has_rim else 0
+    rim: RGB = (250, 250, 250) if sum(paint) < 330 else (16, 16, 16)
+    if thing.shape == "ring":
+        band = max(2, round(radius * 0.42))
+        if rim_width:
+            pen.ellipse(_box(x, y, radius + rim_width), outline=rim, width=band + 2 * rim_width)
+        pen.ellipse(_box(x, y, radius), outline=fill, width=band)
+    elif thing.shape == "circle":
+        pen.ellipse(_box(x, y, radius), fill=fill, outline=rim if rim_width else None, width=rim_width)
+    else:
+        corners = _turned(_outline(thing.shape), thing.turn)
+        points = [(x + radius * px, y + radius * py) for px, py in corners]
+        pen.polygon(points, fill=fill)
+        if rim_width:
+            pen.line([*points, points[0]], fill=rim, width=rim_width, joint="curve")
+
+
+def _box(x: float, y: float, radius: float) -> tuple[float, float, float, float]:
+    return x - radius, y - radius, x + radius, y + radius
+
+
+def _outline(shape: str) -> np.ndarray:
+    """Corners of a shape of radius 1 around the origin, (N, 2), y downwards."""
+    match shape:
+        case "square":
+            points = [(-0.86, -0.86), (0.86, -0.86), (0.86, 0.86), (-0.86, 0.86)]
+        case "triangle":
+            points = [(0.0, -1.0), (0.98, 0.8), (-0.98, 0.8)]
+        case "diamond":
+            points = [(0.0, -1.1), (0.78, 0.0), (0.0, 1.1), (-0.78, 0.0)]
+        case "cross":
+            arm = 0.34
+            points = [(-arm, -1), (arm, -1), (arm, -arm), (1, -arm), (1, arm), (arm, arm)]
+            points += [(-px, -py) for px, py in points]
+        case "star":
+            angles = [math.pi * (index / 5 - 0.5) for index in range(10)]
+            radii = [1.12, 0.46] * 5
+            points = [(r * math.cos(a), r * math.sin(a)) for r, a in zip(radii, angles, strict=True)]
+        case _:  # heart
+            ts = [2 * math.pi * index / 40 for index in range(40)]
+            points = [
+                (
+                    math.sin(t) ** 3,
+                    -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 16 - 0.08,
+                )
+                for t in ts
+            ]
+    return np.array(points)
+
+
+def _turned(points: np.ndarray, degrees: float) -> list[tuple[float, float]]:
+    angle = math.radians(degrees)
+    turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    return [(float(px), float(py)) for px, py in points @ turn]
+
+
+# -- writing --------------------------------------------------------------------------------------------
+
+
+def _write(
+    pen: ImageDraw.ImageDraw,
+    writing: Writing,
+    width: int,
+    height: int,
+    ground: np.ndarray,
+    scenery: Scenery,
+    *,
+    has_rim: bool,
+) -> None:
+    short = min(width, height)
+    font, _ = _font(writing, short, width, scenery)
+    ink: RGB = (20, 20, 20) if float(ground.mean()) > 128 else (245, 245, 245)
+    rim: RGB = (245, 245, 245) if ink[0] < 128 else (20, 20, 20)
+    pen.text(
+        (writing.x * width, writing.y * height),
+        writing.text,
+        fill=ink,
+        font=font,
+        anchor="mm",
+        stroke_width=max(1, short // 90) if has_rim else 0,
+        stroke_fill=rim,
+    )
+
+
+def _font(
+    writing: Writing, short: int, width: int, scenery: Scenery
+) -> tuple[ImageFont.FreeTypeFont | ImageFont.ImageFont, float]:
+    """The font in a size at which the text fits, and the text's length in pixels."""
+    path = scenery.fonts[writing.font % len(scenery.fonts)]
+    size = writing.height * short
+    for _ in range(8):
+        font = ImageFont.load_default(size) if path is None else ImageFont.truetype(str(path), size)
+        length = font.getlength(writing.text)
+        half = min(writing.x, 1 - writing.x) * width
+        if length / 2 < half * 0.96:
+            break
+        size *= 0.9
+    return font, length
+
+
+# -- what lies where ------------------------------------------------------------------------------------
+
+
+def facts(scene: Scene, scenery: Scenery) -> np.ndarray:
+    """(GRID * GRID, len(FACTS)) uint8, row-major: what has its centre in each cell."""
+    table = np.zeros((GRID, GRID, len(FACTS)), np.uint8)
+    for thing in scene.things:
+        row, column = int(thing.y * GRID), int(thing.x * GRID)
+        for fact in (thing.shape, thing.colour, thing.size):
+            table[row, column, FACTS.index(fact)] = 1
+    if scene.writing is not None:
+        writing, width = scene.writing, 256 * scene.width
+        font, length = _font(writing, round(min(width, 256)), round(width), scenery)
+        row = int(writing.y * GRID)
+        for index, character in enumerate(writing.text):
+            before = font.getlength(writing.text[:index])
+            middle = before + font.getlength(character) / 2
+            column = int((writing.x + (middle - length / 2) / width) * GRID)
+            table[row, min(max(column, 0), GRID - 1), FACTS.index(character)] = 1
+    return table.reshape(GRID * GRID, len(FACTS))
