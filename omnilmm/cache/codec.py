@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hmac
 import struct
+from collections.abc import Mapping
 from typing import Final
 
 from omnilmm.cache.key import derive
@@ -28,8 +29,9 @@ _EMBEDDING_MAGIC: Final = b"OLVE"
 _IDENTITY_MAGIC: Final = b"OLVP"
 _HEADER: Final = struct.Struct("<4sBBHII")
 
-_DTYPES: Final = {"float32": (1, 4), "bfloat16": (2, 2), "float16": (3, 2)}  # name: (code, bytes per number)
-_DTYPE_NAMES: Final = {code: name for name, (code, _) in _DTYPES.items()}
+# name: (code, bytes per number)
+_DTYPES: Final[Mapping[str, tuple[int, int]]] = {"float32": (1, 4), "bfloat16": (2, 2), "float16": (3, 2)}
+_DTYPE_NAMES: Final[Mapping[int, str]] = {code: name for name, (code, _) in _DTYPES.items()}
 
 
 class Codec:

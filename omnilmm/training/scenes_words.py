@@ -94,7 +94,7 @@ _CHINESE: Mapping[str, str] = {
     "一个": "one",  # as in "there is a circle": says nothing about how many
 }
 _CHINESE_NAMES = re.compile("|".join(sorted(_CHINESE, key=len, reverse=True)))
-_ENGLISH_NAMES = re.compile(r"[A-Za-z]+|\d+")
+_ENGLISH_NAMES = re.compile(r"other one|[A-Za-z]+|\d+")
 
 
 def named(text: str, language: Language) -> Iterator[str]:

@@ -11,13 +11,13 @@ from omnilmm.config import Family, InputHandling
 from omnilmm.messages import Conversation, TextPart, Turn
 from omnilmm.prompt.template import load_template
 
-WORDS = (
-    "river mountain window garden letter winter market bridge teacher music island harbour paper morning engine story "
-    "village doctor evening forest number answer picture history science question station summer yellow quiet narrow "
-    "early simple careful distant heavy gentle modern ancient northern open busy green write carry follow measure build "
-    "explain gather remember travel describe compare repair discover paint under behind across before during without "
-    "between toward against because although while since until every several another both many few some most other"
-).split()
+WORDS = """
+river mountain window garden letter winter market bridge teacher music island harbour paper morning engine story
+village doctor evening forest number answer picture history science question station summer yellow quiet narrow
+early simple careful distant heavy gentle modern ancient northern open busy green write carry follow measure build
+explain gather remember travel describe compare repair discover paint under behind across before during without
+between toward against because although while since until every several another both many few some most other
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +41,14 @@ class PromptMaker:
         return [self._one(draw, f"{seed}.{number}") for number in range(count)]
 
     def _one(self, draw: random.Random, salt: str) -> BenchPrompt:
+        known = WORDS.split()
         words = [salt.replace(".", " "), "Continue"]
         while True:
             text = " ".join(words)
             ids = self.ids_of(text)
             if len(ids) >= self._num_tokens:
                 return BenchPrompt(text, ids)
-            words += draw.choices(WORDS, k=max(1, self._num_tokens - len(ids) - 2))
+            words += draw.choices(known, k=max(1, self._num_tokens - len(ids) - 2))
 
     def ids_of(self, text: str) -> tuple[int, ...]:
         conversation = Conversation((Turn("user", (TextPart(text),)),))

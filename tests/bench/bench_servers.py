@@ -85,7 +85,9 @@ class Server:
         except psutil.NoSuchProcess:
             return []
 
-    async def stream(self, client: httpx.AsyncClient, prompt: BenchPrompt, num_tokens: int) -> AsyncIterator[tuple[int, str]]:
+    async def stream(
+        self, client: httpx.AsyncClient, prompt: BenchPrompt, num_tokens: int
+    ) -> AsyncIterator[tuple[int, str]]:
         """One greedy answer of exactly `num_tokens` tokens over the OpenAI interface."""
         body = {
             "model": MODEL,
@@ -107,7 +109,9 @@ class Server:
                 text = "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
                 usage = chunk.get("usage") or {}
                 if usage and usage["prompt_tokens"] != len(prompt.ids):
-                    raise RuntimeError(f"the server counts {usage['prompt_tokens']} prompt tokens, not {len(prompt.ids)}")
+                    raise RuntimeError(
+                        f"the server counts {usage['prompt_tokens']} prompt tokens, not {len(prompt.ids)}"
+                    )
                 if text or usage:
                     yield usage.get("completion_tokens", 0), text
 

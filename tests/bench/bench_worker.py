@@ -68,12 +68,12 @@ class GenerateSystem:
         from transformers import AutoModelForCausalLM
 
         self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch_dtype(dtype)).eval()
+        self._model.generation_config.eos_token_id = None  # the end token is a token like any other
         self._num_tokens = num_tokens
         self._maker = PromptMaker(folder, num_tokens=0)
 
     @torch.inference_mode()
     def measure(self, prompts: list[BenchPrompt], concurrency: int) -> Measurement:
-        texts: list[str] = []
         begun = time.perf_counter()
         answers = [
             self._generate([prompt.ids for prompt in prompts[at : at + concurrency]])
@@ -87,9 +87,8 @@ class GenerateSystem:
         width = max(map(len, rows))
         ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        new = self._num_tokens
         whole = self._model.generate(
-            ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0
+            ids, attention_mask=mask, max_new_tokens=self._num_tokens, do_sample=False, pad_token_id=0
         )
         return [row[width:].tolist() for row in whole]
 

@@ -228,6 +228,7 @@ async def test_leaving_while_waiting_for_a_seat(make_loop):
     waiting = asyncio.ensure_future(collect(loop, make_call(6, seed=1)))
     await asyncio.sleep(0)
     waiting.cancel()
+    await asyncio.wait([waiting])
     gate.open()
     assert len(ids_of(await running)) == 8
     assert await loop.drain(PATIENCE_S)

@@ -216,7 +216,16 @@ def test_a_draw_inverts_the_distribution_from_the_best_token_down(monkeypatch):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"top_p": 0.5}, {"top_p": 0.999}, {"top_k": 40}, {"top_k": 900}, {"min_p": 0.3}, {"min_p": 1e-6}],
+    [
+        {},
+        {"top_p": 0.5},
+        {"top_p": 0.999},
+        {"top_k": 40},
+        {"top_k": 900},
+        {"min_p": 0.3},
+        {"min_p": 1e-6},
+        {"top_k": 900, "top_p": 0.4},
+    ],
 )
 @pytest.mark.parametrize("logits", [make_logits(60, spread=s) for s in (0.01, 1.0, 4.0)], ids=["flat", "even", "steep"])
 def test_looking_at_few_tokens_gives_the_same_draw(settings, logits, monkeypatch):
