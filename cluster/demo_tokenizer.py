@@ -1,38 +1,20 @@
-"""The tokenizer of the demonstration checkpoints: a small BPE model learned from the sentences below.
-
-The ids of special tokens lie where the official tokenizers have them: after the pieces in the 12B family, at 101 to
-108 (newline at 5, bytes from 113) in the 3B family.
-"""
+"""The tokenizer of the demonstration checkpoints: a small BPE model learned from the sentences below."""
 
 from __future__ import annotations
 
-import io
 import re
-import string
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import sentencepiece
 
 from omnilmm.config import Family
+from omnilmm.training import tokenizer
+from omnilmm.training.tokenizer import tokenizer_files
+
+__all__ = ["TrainedTokenizer", "sentences", "tokenizer_files", "train_tokenizer"]
 
 NUM_PIECES = 832
-ADDED_12B = ("<im_patch>", "<im_start>", "<im_end>", "<box>", "</box>", "<ref>", "</ref>", "<quad>", "</quad>")
-SPECIAL_3B = ("<image>", "</image>", "<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>")
-FIRST_SPECIAL_3B = 101
-FIRST_BYTE_3B = 113
-NEWLINE_3B = 5
-REQUIRED_CHARS = string.ascii_letters + string.digits + string.punctuation + "用户"  # the marks of both chat formats
-
-# The template of HuggingFaceH4/zephyr-7b-beta: a prompt made with it has to be the official one to the letter.
-ZEPHYR_TEMPLATE = (
-    "{% for message in messages %}\n"
-    "{% if message['role'] == 'user' %}\n{{ '<|user|>\n' + message['content'] + eos_token }}\n"
-    "{% elif message['role'] == 'system' %}\n{{ '<|system|>\n' + message['content'] + eos_token }}\n"
-    "{% elif message['role'] == 'assistant' %}\n{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n"
-    "{% endif %}\n{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
-)
 
 ENGLISH = (
     "What do you see in this picture? Please describe it in detail.",
@@ -111,24 +93,7 @@ class TrainedTokenizer:
 def train_tokenizer(family: Family) -> TrainedTokenizer:
     """Learn the pieces of the corpus; takes a fraction of a second and always gives the same bytes."""
     corpus = tuple(sentences())
-    file = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus),
-        model_writer=file,
-        model_type="bpe",
-        vocab_size=NUM_PIECES,
-        character_coverage=0.995,
-        required_chars=REQUIRED_CHARS,
-        byte_fallback=True,
-        split_digits=True,
-        allow_whitespace_only_pieces=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        user_defined_symbols=_reserved_pieces() if family is Family.OMNILMM_3B else [],
-        num_threads=1,  # with more, the result could depend on timing
-        minloglevel=2,
-    )
-    model = file.getvalue()
+    model = tokenizer.train_tokenizer(corpus, family, num_pieces=NUM_PIECES)
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     english = {f"▁{word}" for word in re.findall("[A-Za-z]+", " ".join(corpus))}
     word_ids = tuple(
@@ -137,60 +102,3 @@ def train_tokenizer(family: Family) -> TrainedTokenizer:
         if piece in english or re.fullmatch("[\u4e00-\u9fff]+", piece)
     )
     return TrainedTokenizer(model, NUM_PIECES, word_ids)
-
-
-def tokenizer_files(family: Family, num_pieces: int) -> dict[str, Any]:
-    """The JSON files that belong to the tokenizer, by name."""
-    if family is Family.OMNILMM_12B:
-        ids = {text: num_pieces + index for index, text in enumerate(ADDED_12B)}
-        basic = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
-        additional = ["<unk>", "<s>", "</s>", *ADDED_12B]
-        own = {
-            "chat_template": ZEPHYR_TEMPLATE,
-            "tokenizer_class": "LlamaTokenizer",
-            "truncation_side": "left",
-            "use_default_system_prompt": True,
-        }
-        files: dict[str, Any] = {"added_tokens.json": ids}
-    else:
-        ids = {text: FIRST_SPECIAL_3B + index for index, text in enumerate(SPECIAL_3B)}
-        basic = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<unk>"}
-        additional = list(SPECIAL_3B)
-        own = {
-            "padding_side": "right",
-            "tokenizer_class": "LlamaTokenizerWrapper",
-            "truncation_side": "right",
-            "use_default_system_prompt": False,
-        }
-        files = {}
-    known = {"<unk>": 0, "<s>": 1, "</s>": 2, **ids}
-    files["tokenizer_config.json"] = {
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "added_tokens_decoder": {str(index): {**_token(text), "special": True} for text, index in known.items()},
-        "additional_special_tokens": additional,
-        "clean_up_tokenization_spaces": False,
-        "legacy": True,
-        "model_max_length": 2048,
-        "sp_model_kwargs": {},
-        "spaces_between_special_tokens": False,
-        **basic,
-        **own,
-    }
-    files["special_tokens_map.json"] = {
-        "additional_special_tokens": additional,
-        **{role: _token(text) for role, text in basic.items()},
-    }
-    return files
-
-
-def _reserved_pieces() -> list[str]:
-    """Ids 3 to 112 of the 3B tokenizer."""
-    pieces = [f"<reserved_{index}>" for index in range(FIRST_BYTE_3B)]
-    pieces[NEWLINE_3B] = "\n"
-    pieces[FIRST_SPECIAL_3B : FIRST_SPECIAL_3B + len(SPECIAL_3B)] = SPECIAL_3B
-    return pieces[3:]
-
-
-def _token(text: str) -> dict[str, Any]:
-    return {"content": text, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}

@@ -43,18 +43,12 @@ class Breaker:
         """Whether the server counts as gone, a probe under way or not."""
         return self._opened_at is not None
 
-    def can_enter(self) -> bool:
-        """Whether `try_enter` would let a call through now."""
-        if self._opened_at is None:
-            return True
-        return not self._probing and self._clock.monotonic() - self._opened_at >= self._open_s
-
     def try_enter(self) -> Entry | None:
         """Let a call through, or None. Every entry must be followed by one `leave`."""
-        if not self.can_enter():
-            return None
         if self._opened_at is None:
             return Entry.CALL
+        if self._probing or self._clock.monotonic() - self._opened_at < self._open_s:
+            return None
         self._probing = True
         return Entry.PROBE
 

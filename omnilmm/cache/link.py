@@ -79,7 +79,7 @@ class RedisLink:
     """Connections to one server.
 
     A server that is gone or hangs costs at most `timeout_s` whoever finds out; while the breaker is open a call costs
-    nothing. When more calls come at once than there are connections, they queue for up to two more `timeout_s`, as
+    nothing, and probes run in the background. When more calls come at once than there are connections, they queue for up to two more `timeout_s`, as
     long as the server answers the others: a queue for a server that hangs leaves with the first who found out.
 
     Args:
@@ -97,6 +97,7 @@ class RedisLink:
         self._pool = _make_pool(url, timeout_s)
         self._slots = asyncio.Semaphore(MAX_CONNECTIONS)
         self._num_open = 0
+        self._probe: asyncio.Task[None] | None = None
 
     @property
     def is_down(self) -> bool:
@@ -105,7 +106,8 @@ class RedisLink:
 
     async def run(self, exchange: Callable[[AbstractConnection], Awaitable[T]]) -> T | None:
         """What `exchange` returns, or None when there was no connection, no time or no sense in the answer."""
-        if not self._breaker.can_enter():
+        if self._breaker.is_open:
+            self._probe_if_due()
             return None
         try:
             async with budget(2 * self._timeout_s):
@@ -113,16 +115,29 @@ class RedisLink:
         except TimeoutError:
             return None  # too many of us at once, which says nothing about the server
         try:
-            entry = self._breaker.try_enter()  # it may have opened while we queued
-            return None if entry is None else await self._attempt(exchange, entry)
+            if self._breaker.is_open:  # it opened while we queued
+                return None
+            return await self._attempt(exchange, Entry.CALL)
         finally:
             self._slots.release()
+
+    def _probe_if_due(self) -> None:
+        """Find out in the background whether the server is back: nobody's request waits for a server that is gone.
+
+        The probe is a PING only: half a megabyte written to a hung server would linger in our memory.
+        """
+        if self._breaker.try_enter() is Entry.PROBE:
+
+            async def ping(connection: AbstractConnection) -> None:
+                await converse(connection, ("PING",))
+
+            self._probe = asyncio.get_running_loop().create_task(self._attempt(ping, Entry.PROBE), name="redis probe")
 
     async def _attempt(self, exchange: Callable[[AbstractConnection], Awaitable[T]], entry: Entry) -> T | None:
         outcome, answer, fault = Outcome.CANCELLED, None, ""
         try:
             async with budget(self._timeout_s):
-                answer = await self._converse(exchange, entry)
+                answer = await self._converse(exchange)
             outcome = Outcome.ANSWERED
         except (TimeoutError, RedisTimeoutError):
             outcome, fault = Outcome.TIMED_OUT, "no answer in time"
@@ -144,13 +159,10 @@ class RedisLink:
         elif was_down and not self._breaker.is_open:
             _log.warning("Redis is back")
 
-    async def _converse(self, exchange: Callable[[AbstractConnection], Awaitable[T]], entry: Entry) -> T:
+    async def _converse(self, exchange: Callable[[AbstractConnection], Awaitable[T]]) -> T:
         connection = await self._pool.get_connection()
         self._num_open += 1
         try:
-            if entry is Entry.PROBE:
-                # Ask a small question first: half a megabyte written to a hung server would linger in our memory.
-                await converse(connection, ("PING",))
             return await exchange(connection)
         except BaseException:
             # A half-read answer must never meet the next caller, nor a WATCH its transaction.
@@ -181,10 +193,14 @@ class RedisLink:
         return None
 
     def check_integrity(self) -> None:
-        """Assert that no exchange holds a connection. Call when idle."""
-        assert self._num_open == 0, "redis link: a connection was not handed back"
+        """Assert that no exchange holds a connection, a probe aside. Call when idle."""
+        num_probing = 1 if self._probe is not None and not self._probe.done() else 0
+        assert self._num_open <= num_probing, "redis link: a connection was not handed back"
 
     async def aclose(self) -> None:
+        if self._probe is not None:
+            self._probe.cancel()
+            await asyncio.wait({self._probe})
         await self._pool.disconnect()
 
 

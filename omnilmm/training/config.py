@@ -150,7 +150,7 @@ class TrainingConfig:
             raise ConfigError("Nothing learns: name parts in learn, or lora.", param="learn")
         if self.weights != "float32" and self.learn:
             raise ConfigError("Parts can learn in float32 only; other weights suit lora alone.", param="weights")
-        if self.weights != "float32" and self.precision != self.weights:
+        if self.weights not in ("float32", self.precision):
             raise ConfigError("precision must be that of the weights where they are not float32.", param="precision")
         for name in ("steps", "batch", "accumulate", "keep_states"):
             if getattr(self, name) < 1:

@@ -114,13 +114,13 @@ def choose_learning(learner: Learner, learn: tuple[Learning, ...]) -> None:
     for name, parameter in learner.named_parameters():
         part = part_of(name)
         parameter.requires_grad_((part in learn and not name.endswith("pos_embed")) or part in (LORA, GROUNDING))
-    vision = learner.encoder.vision
-    if not vision.config.has_key_bias and Learning.VISION in learn:
-        width = vision.config.width
-        kept = torch.ones(3 * width, device=learner.device)
-        kept[width : 2 * width] = 0
-        for block in vision.blocks:
-            block.attention.qkv.bias.register_hook(lambda gradient: gradient * kept)
+    vision = learner.encoder.vision.config
+    if not vision.has_key_bias and Learning.VISION in learn:
+        kept = torch.ones(3 * vision.width, device=learner.device)
+        kept[vision.width : 2 * vision.width] = 0
+        for name, parameter in learner.encoder.named_parameters():
+            if name.endswith("qkv.bias"):
+                parameter.register_hook(lambda gradient: gradient * kept)
 
 
 def load_learner(
@@ -164,5 +164,6 @@ def moved(batch: Batch, device: torch.device) -> Batch:
     """The batch on another device; itself if it is there."""
     if batch.ids.device == device:
         return batch
-    fields = {name: getattr(batch, name) for name in batch.__slots__}
-    return Batch(**{name: value if value is None else value.to(device) for name, value in fields.items()})
+    facts = None if batch.facts is None else batch.facts.to(device)
+    tensors = {name: getattr(batch, name).to(device) for name in batch.__slots__ if name != "facts"}
+    return Batch(**tensors, facts=facts)

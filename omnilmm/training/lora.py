@@ -33,7 +33,8 @@ PEFT_PREFIX = "base_model.model."
 
 
 class Adapter(nn.Module):
-    """The pairs of one adapter: `down[i]` (r, in) and `up[i]` (out, r) belong to `slots[i]`. A new one changes nothing."""
+    """The pairs of one adapter: `down[i]` (r, in) and `up[i]` (out, r) belong to `slots[i]`. At first it changes
+    nothing."""
 
     def __init__(self, config: ModelConfig, lora: LoraConfig) -> None:
         super().__init__()

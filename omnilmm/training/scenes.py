@@ -8,9 +8,10 @@ read in the other two.
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond", "cross", "ring")
@@ -26,14 +27,15 @@ FACTS = (*SHAPES, *COLOURS, *SIZES, *CHARACTERS)
 
 MAX_COUNT = 9
 
-WORDS = tuple(
+WORDS = (
     "ACE ACT ADD AGE AIR ANT APE ARM ART ASK BAG BAR BAT BED BEE BIG BIRD BOAT BOOK BOX BOY BUS CAFE CAKE CAR CAT CITY "
     "COLD COW CUP DAY DESK DOG DOOR DUCK EAR EAST EGG EXIT EYE FARM FAST FIRE FISH FLAG FOG FOX FROG GAME GATE GIFT "
     "GLAD GOAT GOLD GOOD HAND HAT HELP HILL HOME HOT HOUR ICE INK JAM JAR JOB JUMP KEY KID KIND KING KITE LAKE LAMP "
     "LEAF LEG LION LOVE MAP MILK MOON MUD NAME NEST NET NEW NORTH NOSE NUT OAK OIL OPEN OWL PARK PEN PIG PLAY POND QUIZ "
     "RAIN RED RICE RING ROAD ROCK SALT SAND SEA SHIP SHOP SIGN SKY SNOW SONG STAR STOP SUN TAXI TEA TEN TIME TOY TREE "
-    "TWO VAN VIEW WALK WALL WAVE WAY WEB WEST WIND WOLF WOOD YARD YEAR YES ZERO ZOO".split()
+    "TWO VAN VIEW WALK WALL WAVE WAY WEB WEST WIND WOLF WOOD YARD YEAR YES ZERO ZOO"
 )
+"""Words that pictures show, with a space between them."""
 
 
 class Split(StrEnum):
@@ -155,19 +157,28 @@ class _Pairs:
 _Kind = tuple[str, str, str]  # colour, shape, size
 
 
-def _several(num: int) -> Callable[[random.Random, _Pairs], list[_Kind]]:
-    def kinds(rng: random.Random, pairs: _Pairs) -> list[_Kind]:
-        drawn: list[tuple[str, str]] = []
-        for _ in range(num):
-            drawn.append(pairs.draw(tuple(drawn)))
-        rng.shuffle(drawn)
-        return [(*pair, rng.choice(SIZES)) for pair in drawn]
+def _several(num: int, rng: random.Random, pairs: _Pairs) -> list[_Kind]:
+    drawn: list[tuple[str, str]] = []
+    for _ in range(num):
+        drawn.append(pairs.draw(tuple(drawn)))
+    rng.shuffle(drawn)
+    return [(*pair, rng.choice(SIZES)) for pair in drawn]
 
-    return kinds
+
+def _one(rng: random.Random, pairs: _Pairs) -> list[_Kind]:
+    return _several(1, rng, pairs)
+
+
+def _two(rng: random.Random, pairs: _Pairs) -> list[_Kind]:
+    return _several(2, rng, pairs)
 
 
 def _some(rng: random.Random, pairs: _Pairs) -> list[_Kind]:
-    return _several(rng.choice((3, 3, 4)))(rng, pairs)
+    return _several(rng.choice((3, 3, 4)), rng, pairs)
+
+
+def _none(rng: random.Random, pairs: _Pairs) -> list[_Kind]:
+    return []
 
 
 def _crowd(rng: random.Random, pairs: _Pairs) -> list[_Kind]:
@@ -183,28 +194,31 @@ def _crowd(rng: random.Random, pairs: _Pairs) -> list[_Kind]:
 
 
 def _beside_writing(rng: random.Random, pairs: _Pairs) -> list[_Kind]:
-    return _several(rng.choice((0, 0, 1, 2)))(rng, pairs)
+    return _several(rng.choice((0, 0, 1, 2)), rng, pairs)
 
 
 _Layout = tuple[float, Callable[[random.Random, _Pairs], list[_Kind]]]
 LAYOUTS: Mapping[str, _Layout] = {  # easiest first: how often, and what is in it
-    "one": (0.14, _several(1)),
-    "two": (0.26, _several(2)),
+    "one": (0.14, _one),
+    "two": (0.26, _two),
     "some": (0.18, _some),
     "writing": (0.18, _beside_writing),
     "crowd": (0.21, _crowd),
-    "empty": (0.03, _several(0)),
+    "empty": (0.03, _none),
 }
 
 
 def _writing(rng: random.Random, split: Split) -> Writing:
+    """A number of up to four digits or a word. In TRAIN half of the words are any letters, so that reading is learned
+    letter by letter and not as a list of words."""
     if rng.random() < 0.55:
         text = str(rng.randrange(10 ** rng.randint(1, 4)))
+    elif split is Split.TRAIN and rng.random() < 0.5:
+        text = "".join(rng.choices(CHARACTERS[10:], k=rng.randint(2, 5)))
     else:
-        text = rng.choice([word for word in WORDS if is_word_held_out(word) == (split is not Split.TRAIN)])
-    return Writing(
-        text, x=rng.uniform(0.4, 0.6), y=rng.uniform(0.25, 0.75), height=rng.uniform(0.2, 0.27), font=rng.getrandbits(16)
-    )
+        text = rng.choice([word for word in WORDS.split() if is_word_held_out(word) == (split is not Split.TRAIN)])
+    x, y, height = rng.uniform(0.4, 0.6), rng.uniform(0.25, 0.75), rng.uniform(0.2, 0.27)
+    return Writing(text, x=x, y=y, height=height, font=rng.getrandbits(16))
 
 
 # -- where it is ----------------------------------------------------------------------------------------
@@ -220,19 +234,20 @@ def _placed(rng: random.Random, kinds: list[_Kind], width: float, writing: Writi
         rim_x, rim_y = radius * short / width, radius * short
         for _ in range(60):
             x, y = rng.uniform(rim_x + 0.02, 0.98 - rim_x), rng.uniform(rim_y + 0.02, 0.98 - rim_y)
-            if _is_free(x, y, radius, placed, width, writing):
-                placed.append(Thing(shape, colour, size, x, y, radius, rng.uniform(-12, 12)))
+            thing = Thing(shape, colour, size, x, y, radius, turn=0.0)
+            if _is_clear_of_writing(thing, writing, width) and all(_are_apart(thing, b, width) for b in placed):
+                placed.append(replace(thing, turn=rng.uniform(-12, 12)))
                 break
     rng.shuffle(placed)
     return tuple(placed)
 
 
-def _is_free(x: float, y: float, radius: float, placed: list[Thing], width: float, writing: Writing | None) -> bool:
-    short = min(width, 1.0)
-    if writing is not None and abs(y - writing.y) < (radius + 0.65 * writing.height) * short:
-        return False
-    return all(
-        ((x - other.x) * width) ** 2 + (y - other.y) ** 2 > ((radius + other.radius) * short + 0.03) ** 2
-        and max(abs(x - other.x), abs(y - other.y)) > 1 / GRID  # no two centres in one cell
-        for other in placed
-    )
+def _is_clear_of_writing(thing: Thing, writing: Writing | None, width: float) -> bool:
+    """Above or below it."""
+    return writing is None or abs(thing.y - writing.y) > (thing.radius + 0.65 * writing.height) * min(width, 1.0)
+
+
+def _are_apart(a: Thing, b: Thing, width: float) -> bool:
+    """There is a gap between them, and their centres are not in one cell."""
+    distance = math.hypot((a.x - b.x) * width, a.y - b.y)
+    return distance > (a.radius + b.radius) * min(width, 1.0) + 0.03 and max(abs(a.x - b.x), abs(a.y - b.y)) > 1 / GRID

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from omnilmm.training.scenes import COLOURS, SHAPES, Scene, Split, Thing, generator, is_held_out
 from omnilmm.training.scenes_check import Exchange, Kind
 from omnilmm.training.scenes_speech import CHINESE, ENGLISH, Speech
-from omnilmm.training.scenes_words import PLACES, RELATIONS, Language
+from omnilmm.training.scenes_words import PLACES, RELATIONS
 
 Talk = tuple[Exchange, ...]
 
@@ -46,9 +46,9 @@ class _Asker:
 
     def what(self) -> Talk | None:
         if len(self._things) == 1 and self._rng.random() < 0.5:
-            (thing,) = self._things
+            (only,) = self._things
             question = self._pick(self._say.what_is_there)
-            return (self._exchange(Kind.WHAT, question, self._say.there_is(thing.colour, thing.shape), thing),)
+            return (self._exchange(Kind.WHAT, question, self._say.there_is(only.colour, only.shape), only),)
         thing = self._named_by("colour")
         if thing is None:
             return None
@@ -127,10 +127,7 @@ class _Asker:
             return (self._stated(Kind.DESCRIBE, question, self._say.nothing, {"no"}),)
         text = self._scene.writing.text if self._scene.writing is not None else None
         answer = self._say.description([(t.size, t.colour, t.shape, place_of(t) or "") for t in things], text)
-        phrases = [
-            frozenset({f"size {t.size}", f"colour {t.colour}", f"shape {t.shape}", *_place_names(place_of(t))})
-            for t in things
-        ]
+        phrases = [_truth(thing) for thing in things]
         if text is not None:
             phrases.append(frozenset({f"number {text}" if text.isdigit() else f"word {text}"}))
         return (
@@ -182,9 +179,7 @@ class _Asker:
             answer = self._say.it_is_at(place)
             names = {*_place_names(place)}
             return opening, self._stated(Kind.FOLLOW_UP, self._pick(self._say.it_where), answer, names, _truth(thing))
-        forms, value = (
-            (self._say.it_colour, thing.colour) if about == "colour" else (self._say.it_size, thing.size)
-        )
+        forms, value = (self._say.it_colour, thing.colour) if about == "colour" else (self._say.it_size, thing.size)
         return opening, self._exchange(Kind.FOLLOW_UP, self._pick(forms), self._say.it_is_so_much(value), thing, about)
 
     def and_those(self) -> Talk | None:
@@ -216,9 +211,7 @@ class _Asker:
         name = self._say.name(thing, self._by(thing))
         place = place_of(thing) or ""
         question = self._pick(self._say.where_is).format(name)
-        return self._stated(
-            Kind.WHERE, question, self._say.is_at(name, place), {*_place_names(place)}, _truth(thing)
-        )
+        return self._stated(Kind.WHERE, question, self._say.is_at(name, place), {*_place_names(place)}, _truth(thing))
 
     def _count(self, sort: tuple[str, str]) -> Exchange:
         by, value = sort
@@ -231,7 +224,7 @@ class _Asker:
     def _exists(self) -> Exchange:
         """Equally often something that is there and something that is not."""
         kinds = {thing.kind for thing in self._things}
-        wanted = bool(kinds) and self._rng.random() < 0.5
+        wanted = bool(kinds) and self._rng.random() < 0.44  # then_it always asks for what is there
         by_shape_only = self._rng.random() < 0.3 and not self._rare
         if wanted:
             colour, shape = self._rng.choice(sorted({t.kind for t in self._rare} or kinds))
@@ -272,7 +265,12 @@ class _Asker:
         return self._stated(kind, question, answer, {"yes" if is_so else "no"}, {*allowed})
 
     def _stated(
-        self, kind: Kind, question: str, answer: str, required: set[str], allowed: set[str] | frozenset[str] = frozenset()
+        self,
+        kind: Kind,
+        question: str,
+        answer: str,
+        required: set[str],
+        allowed: set[str] | frozenset[str] = frozenset(),
     ) -> Exchange:
         names = frozenset(required)
         return Exchange(kind, self._say.language, question, answer, names, names | allowed)
@@ -358,6 +356,5 @@ def _place_names(place: str | None) -> Iterator[str]:
 
 def _truth(thing: Thing) -> frozenset[str]:
     """Everything that may be said of it."""
-    return frozenset({f"shape {thing.shape}", f"colour {thing.colour}", f"size {thing.size}", *_place_names(place_of(thing))})
-
-
+    own = {f"shape {thing.shape}", f"colour {thing.colour}", f"size {thing.size}"}
+    return frozenset({*own, *_place_names(place_of(thing))})

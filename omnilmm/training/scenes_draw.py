@@ -54,13 +54,15 @@ _FONTS = (
     "STIXGeneralBol.ttf",
 )
 _FONT_FOLDERS = ("/usr/share/fonts/truetype/dejavu",)
-_PHOTOGRAPHS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "motorcycle_left.png", "gravel.png",
-                "grass.png", "brick.png", "china.jpg", "flower.jpg")  # fmt: skip
+_PHOTOGRAPHS = (
+    *("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg", "motorcycle_left.png"),
+    *("gravel.png", "grass.png", "brick.png", "china.jpg", "flower.jpg"),
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Scenery:
-    """What drawing needs besides the scene. `fonts` are files (None: Pillow's own font), `photographs` (H, W, 3) uint8."""
+    """What drawing needs besides the scene: font files (None is Pillow's own) and photographs, (H, W, 3) uint8."""
 
     fonts: tuple[Path | None, ...] = (None,)
     photographs: tuple[np.ndarray, ...] = ()
@@ -97,14 +99,14 @@ def draw(scene: Scene, scenery: Scenery, *, side: int) -> Image.Image:
     width = side if scene.width >= 1 else round(side * scene.width)
     height = round(side / scene.width) if scene.width >= 1 else side
     rng = np.random.default_rng(scene.noise)
-    shown = {PAINT[thing.colour] for thing in scene.things}
-    image, mean = _ground(scene.texture, width, height, rng, shown, scenery)
+    image, mean = _ground(scene, scenery, rng, (width, height))
     pen = ImageDraw.Draw(image)
     rims = scene.texture in ("photo", "stripes") or rng.random() < 0.25
     for thing in scene.things:
-        _draw_thing(pen, thing, width, height, rng, has_rim=rims)
+        _draw_thing(pen, thing, (width, height), rng, has_rim=rims)
     if scene.writing is not None:
-        _write(pen, scene.writing, width, height, mean, scenery, has_rim=scene.texture in ("photo", "stripes"))
+        rim = round(min(width, height) / 90) if scene.texture in ("photo", "stripes") else 0
+        _write(pen, scene.writing, _font(scene.writing, (width, height), scenery)[0], mean, rim=rim)
     return image
 
 
@@ -112,10 +114,11 @@ def draw(scene: Scene, scenery: Scenery, *, side: int) -> Image.Image:
 
 
 def _ground(
-    texture: str, width: int, height: int, rng: np.random.Generator, shown: set[RGB], scenery: Scenery
+    scene: Scene, scenery: Scenery, rng: np.random.Generator, size: tuple[int, int]
 ) -> tuple[Image.Image, np.ndarray]:
-    """A background on which everything shown stands out, and its mean colour."""
-    base = _ground_colour(rng, shown)
+    """A background of `size` (width, height) on which everything shown stands out, and its mean colour."""
+    texture, (width, height) = scene.texture, size
+    base = _ground_colour(rng, {PAINT[thing.colour] for thing in scene.things})
     if texture == "photo" and scenery.photographs:
         pixels = _photograph(scenery.photographs[int(rng.integers(len(scenery.photographs)))], width, height, rng)
         pixels = pixels * 0.45 + base * 0.55
@@ -161,8 +164,9 @@ def _photograph(photograph: np.ndarray, width: int, height: int, rng: np.random.
 
 
 def _draw_thing(
-    pen: ImageDraw.ImageDraw, thing: Thing, width: int, height: int, rng: np.random.Generator, *, has_rim: bool
+    pen: ImageDraw.ImageDraw, thing: Thing, size: tuple[int, int], rng: np.random.Generator, *, has_rim: bool
 ) -> None:
+    width, height = size
     x, y, radius = thing.x * width, thing.y * height, thing.radius * min(width, height)
     paint = PAINT[thing.colour]
     red, green, blue = np.clip(np.array(paint) + rng.integers(-14, 15, 3), 0, 255).tolist()
@@ -226,45 +230,29 @@ def _turned(points: np.ndarray, degrees: float) -> list[tuple[float, float]]:
 # -- writing --------------------------------------------------------------------------------------------
 
 
-def _write(
-    pen: ImageDraw.ImageDraw,
-    writing: Writing,
-    width: int,
-    height: int,
-    ground: np.ndarray,
-    scenery: Scenery,
-    *,
-    has_rim: bool,
-) -> None:
-    short = min(width, height)
-    font, _ = _font(writing, short, width, scenery)
-    ink: RGB = (20, 20, 20) if float(ground.mean()) > 128 else (245, 245, 245)
-    rim: RGB = (245, 245, 245) if ink[0] < 128 else (20, 20, 20)
-    pen.text(
-        (writing.x * width, writing.y * height),
-        writing.text,
-        fill=ink,
-        font=font,
-        anchor="mm",
-        stroke_width=max(1, short // 90) if has_rim else 0,
-        stroke_fill=rim,
-    )
+_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
-def _font(
-    writing: Writing, short: int, width: int, scenery: Scenery
-) -> tuple[ImageFont.FreeTypeFont | ImageFont.ImageFont, float]:
-    """The font in a size at which the text fits, and the text's length in pixels."""
+def _write(pen: ImageDraw.ImageDraw, writing: Writing, font: _Font, ground: np.ndarray, *, rim: int) -> None:
+    """Dark on a light ground or the other way round; `rim` is the width of the contour in pixels."""
+    width, height = pen.im.size
+    dark, light = (20, 20, 20), (245, 245, 245)
+    ink, contour = (dark, light) if float(ground.mean()) > 128 else (light, dark)
+    place = (writing.x * width, writing.y * height)
+    pen.text(place, writing.text, fill=ink, font=font, anchor="mm", stroke_width=rim, stroke_fill=contour)
+
+
+def _font(writing: Writing, size: tuple[int, int], scenery: Scenery) -> tuple[_Font, float]:
+    """The font, no larger than fits a picture of this size, and the length of the text in pixels."""
     path = scenery.fonts[writing.font % len(scenery.fonts)]
-    size = writing.height * short
-    for _ in range(8):
-        font = ImageFont.load_default(size) if path is None else ImageFont.truetype(str(path), size)
+    room = 2 * min(writing.x, 1 - writing.x) * size[0] * 0.96
+    height = writing.height * min(size)
+    while True:
+        font = ImageFont.load_default(height) if path is None else ImageFont.truetype(str(path), height)
         length = font.getlength(writing.text)
-        half = min(writing.x, 1 - writing.x) * width
-        if length / 2 < half * 0.96:
-            break
-        size *= 0.9
-    return font, length
+        if length <= room or height < 4:
+            return font, length
+        height *= 0.9
 
 
 # -- what lies where ------------------------------------------------------------------------------------
@@ -278,8 +266,8 @@ def facts(scene: Scene, scenery: Scenery) -> np.ndarray:
         for fact in (thing.shape, thing.colour, thing.size):
             table[row, column, FACTS.index(fact)] = 1
     if scene.writing is not None:
-        writing, width = scene.writing, 256 * scene.width
-        font, length = _font(writing, round(min(width, 256)), round(width), scenery)
+        writing, width = scene.writing, round(256 * scene.width)
+        font, length = _font(writing, (width, 256), scenery)
         row = int(writing.y * GRID)
         for index, character in enumerate(writing.text):
             before = font.getlength(writing.text[:index])

@@ -87,7 +87,7 @@ class Speech:
 
     def side(self, relation: str) -> str:
         """What an answer names that tells this relation."""
-        return f"place {dict(above='top', below='bottom').get(relation, relation)}"
+        return f"place { {'above': 'top', 'below': 'bottom'}.get(relation, relation) }"
 
     # -- questions ------------------------------------------------------------------------------------
 
@@ -207,7 +207,7 @@ def _chinese_value(value: str) -> str:
 ENGLISH = Speech(
     language=Language.ENGLISH,
     what_is_there=("What is in the picture?", "What do you see?", "What is this?", "What is in this image?"),
-    what_shape=("What shape is {}?", "Which shape is {}?", "What is {}?"),
+    what_shape=("What shape is {}?", "What kind of shape is {}?", "What is {}?"),
     which_colour=("What colour is {}?", "Which colour is {}?", "What color is {}?", "What is the colour of {}?"),
     which_size=("Is {} small or large?", "Is {} large or small?", "How big is {}?"),
     where_is=("Where is {}?", "Where in the picture is {}?", "Where do you see {}?"),

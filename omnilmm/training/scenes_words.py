@@ -14,26 +14,53 @@ class Language(StrEnum):
     CHINESE = "zh"
 
 
-CHINESE_SHAPES: Mapping[str, str] = dict(
-    zip(SHAPES, ("圆形", "正方形", "三角形", "星形", "心形", "菱形", "十字形", "圆环"), strict=True)
-)
-CHINESE_COLOURS: Mapping[str, str] = dict(
-    zip(COLOURS, ("红色", "橙色", "黄色", "绿色", "蓝色", "紫色", "黑色", "白色"), strict=True)
-)
-CHINESE_SIZES: Mapping[str, str] = dict(zip(SIZES, ("小", "大"), strict=True))
+CHINESE_SHAPES: Mapping[str, str] = {
+    "circle": "圆形",
+    "square": "正方形",
+    "triangle": "三角形",
+    "star": "星形",
+    "heart": "心形",
+    "diamond": "菱形",
+    "cross": "十字形",
+    "ring": "圆环",
+}
+CHINESE_COLOURS: Mapping[str, str] = {
+    "red": "红色",
+    "orange": "橙色",
+    "yellow": "黄色",
+    "green": "绿色",
+    "blue": "蓝色",
+    "purple": "紫色",
+    "black": "黑色",
+    "white": "白色",
+}
+CHINESE_SIZES: Mapping[str, str] = {"small": "小", "large": "大"}
 
 PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
 """The nine parts of a picture, row by row."""
 
 ENGLISH_PLACES: Mapping[str, str] = {
-    **{place: f"at the {place}" for place in PLACES},
+    "top left": "at the top left",
+    "top": "at the top",
+    "top right": "at the top right",
     "left": "on the left",
-    "right": "on the right",
     "centre": "in the centre",
+    "right": "on the right",
+    "bottom left": "at the bottom left",
+    "bottom": "at the bottom",
+    "bottom right": "at the bottom right",
 }
-CHINESE_PLACES: Mapping[str, str] = dict(
-    zip(PLACES, ("左上角", "上方", "右上角", "左边", "中间", "右边", "左下角", "下方", "右下角"), strict=True)
-)
+CHINESE_PLACES: Mapping[str, str] = {
+    "top left": "左上角",
+    "top": "上方",
+    "top right": "右上角",
+    "left": "左边",
+    "centre": "中间",
+    "right": "右边",
+    "bottom left": "左下角",
+    "bottom": "下方",
+    "bottom right": "右下角",
+}
 
 RELATIONS = ("left", "right", "above", "below")
 ENGLISH_RELATIONS: Mapping[str, str] = {
@@ -42,10 +69,11 @@ ENGLISH_RELATIONS: Mapping[str, str] = {
     "above": "above",
     "below": "below",
 }
-CHINESE_RELATIONS: Mapping[str, str] = dict(zip(RELATIONS, ("左边", "右边", "上面", "下面"), strict=True))
+CHINESE_RELATIONS: Mapping[str, str] = {"left": "左边", "right": "右边", "above": "上面", "below": "下面"}
 
 NUMBER_WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CHINESE_NUMBERS = "零一二三四五六七八九"
+DIGITS = range(10)
 
 
 # -- what a text names ----------------------------------------------------------------------------------
@@ -69,10 +97,10 @@ _ENGLISH: Mapping[str, str] = {
     "no": "no",
     "not": "no",
     "nothing": "no",
-    **{word: f"number {number}" for number, word in enumerate(NUMBER_WORDS) if number},
+    **{NUMBER_WORDS[number]: f"number {number}" for number in DIGITS if number},
     "zero": "number 0",
 }
-_CHINESE: Mapping[str, str] = {
+_CHINESE: Mapping[str, str] = {  # where one word begins like another, the longer one comes first
     **{word: f"shape {shape}" for shape, word in CHINESE_SHAPES.items()},
     **{word: f"colour {colour}" for colour, word in CHINESE_COLOURS.items()},
     **{word: f"size {size}" for size, word in CHINESE_SIZES.items()},
@@ -90,10 +118,10 @@ _CHINESE: Mapping[str, str] = {
     "有的": "yes",
     "对": "yes",
     "两个": "number 2",
-    **{f"{digit}个": f"number {number}" for number, digit in enumerate(CHINESE_NUMBERS)},
+    **{f"{CHINESE_NUMBERS[number]}个": f"number {number}" for number in DIGITS},
     "一个": "one",  # as in "there is a circle": says nothing about how many
 }
-_CHINESE_NAMES = re.compile("|".join(sorted(_CHINESE, key=len, reverse=True)))
+_CHINESE_NAMES = re.compile(r"\d+|[A-Z]+|" + "|".join(_CHINESE))
 _ENGLISH_NAMES = re.compile(r"other one|[A-Za-z]+|\d+")
 
 
@@ -105,7 +133,7 @@ def named(text: str, language: Language) -> Iterator[str]:
         for match in _ENGLISH_NAMES.finditer(text):
             yield from _english(match.group())
         return
-    for match in re.finditer(rf"\d+|[A-Z]+|{_CHINESE_NAMES.pattern}", text):
+    for match in _CHINESE_NAMES.finditer(text):
         word = match.group()
         if word.isascii():
             yield from _english(word)
@@ -120,3 +148,9 @@ def _english(word: str) -> Iterator[str]:
         yield f"word {word}"
     elif word.lower() in _ENGLISH:
         yield _ENGLISH[word.lower()]
+
+
+def chinese_words() -> tuple[str, ...]:
+    """Every Chinese word above."""
+    tables = (CHINESE_SHAPES, CHINESE_COLOURS, CHINESE_PLACES, CHINESE_RELATIONS)
+    return tuple(dict.fromkeys((*(word for table in tables for word in table.values()), *_CHINESE)))

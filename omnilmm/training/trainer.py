@@ -198,6 +198,4 @@ class Trainer:
     def _save(self) -> None:
         if self._workers.rank == 0:
             counters = {"step": self.step, "tally": asdict(self._tally)}
-            save_state(
-                self._folder / "states", self._learner, self._optimiser, counters, keep=self._config.keep_states
-            )
+            save_state(self._folder / "states", self._learner, self._optimiser, counters, keep=self._config.keep_states)

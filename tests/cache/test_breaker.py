@@ -44,9 +44,8 @@ def test_a_caller_who_left_tells_nothing(breaker: Breaker) -> None:
 def test_one_probe_at_a_time_and_its_answer_closes(breaker: Breaker, clock: HandClock) -> None:
     call(breaker, Outcome.TIMED_OUT)
     clock.now += 0.99
-    assert not breaker.can_enter()
+    assert breaker.try_enter() is None
     clock.now += 0.02
-    assert breaker.can_enter()
     assert breaker.try_enter() is Entry.PROBE
     assert breaker.try_enter() is None
     assert breaker.is_open
@@ -61,7 +60,7 @@ def test_a_failed_probe_keeps_it_open_for_another_term(breaker: Breaker, clock: 
     clock.now += 1.0
     assert call(breaker, outcome) is Entry.PROBE
     clock.now += 0.99
-    assert not breaker.can_enter()
+    assert breaker.try_enter() is None
     clock.now += 0.01
     assert call(breaker, Outcome.ANSWERED) is Entry.PROBE
     assert not breaker.is_open
@@ -83,4 +82,4 @@ def test_stragglers_neither_close_nor_prolong_it(breaker: Breaker, clock: HandCl
     assert breaker.is_open
     breaker.leave(entries[2], Outcome.TIMED_OUT)
     clock.now += 0.5
-    assert breaker.can_enter()
+    assert breaker.try_enter() is Entry.PROBE

@@ -405,6 +405,9 @@ async def test_a_lease_that_could_not_be_given_back_is_ours_to_take_again(
     await store.get(KEY)  # the second failure: the breaker opens
     proxy.refuse = False
     clock.now += 1.0
+    while not store.is_shared:  # until the probe has been answered
+        await store.get(KEY)
+        await asyncio.sleep(0.001)
     again = (await store.lookup([KEY]))[KEY]
     assert isinstance(again, StoreLease)
     await again.abandon()

@@ -108,7 +108,7 @@ async def test_a_failed_transaction_leaves_no_watch_behind(server: RedisServer, 
     assert replies[-1] == [b"1"]
 
 
-async def test_a_probe_asks_a_small_question_first(proxy: FaultProxy, make_link, clock: HandClock) -> None:
+async def test_a_probe_is_small_and_nobody_waits_for_it(proxy: FaultProxy, make_link, clock: HandClock) -> None:
     """What is written to a hung server stays in our memory and its socket until it wakes."""
     link = make_link(proxy.url, HASTY_S)
     proxy.black_hole = True
@@ -116,7 +116,10 @@ async def test_a_probe_asks_a_small_question_first(proxy: FaultProxy, make_link,
     before = proxy.num_bytes_asked
     for _ in range(3):
         clock.now += 1.0
+        started = time.monotonic()
         assert await ask(link, ("SET", "omni:big", bytes(1 << 19))) is None
+        assert time.monotonic() - started < HASTY_S / 2
+        await asyncio.wait({link._probe})
     assert 0 < proxy.num_bytes_asked - before < 1000
 
 
