@@ -1,0 +1,173 @@
+"""What `omnilmm train`, `omnilmm eval-nano` and `omnilmm merge-adapter` do."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from omnilmm.config import InputHandling
+
+if TYPE_CHECKING:
+    from omnilmm.training.evaluation import Report, Score
+    from omnilmm.training.learner import Learner
+
+
+def train(
+    config: Annotated[Path, typer.Option(help="A YAML file that describes the run.", exists=True, dir_okay=False)],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the latest state in the output folder.")] = False,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 for every core.")] = 0,
+) -> None:
+    """Tune a model on conversations with pictures. Ctrl-C saves a state to resume from and stops."""
+    from omnilmm.models.device import use_threads
+    from omnilmm.training.config import read_training_config
+    from omnilmm.training.curve import Bar
+    from omnilmm.training.run import train as run
+
+    settings = read_training_config(config)
+    use_threads(threads)
+    console = Console(highlight=False, soft_wrap=True)
+    asked = _StopAsked()
+    with Bar(settings.steps, console) as bar:
+        written = run(settings, resume=resume, display=bar, should_stop=asked)
+    if written is None:
+        console.print(f"stopped; go on with: omnilmm train --config {config} --resume")
+    else:
+        console.print(f"written: {written}")
+
+
+def eval_nano(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder.", exists=True, file_okay=False)],
+    seed: Annotated[int | None, typer.Option(help="World of the scenes; a fresh one each time if not given.")] = None,
+    scenes: Annotated[int, typer.Option(min=2, help="Scenes of each kind of exam.")] = 300,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 for every core.")] = 0,
+    precision: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
+    out: Annotated[Path | None, typer.Option(help="Folder for report.json, confusion.png and sheet.png.")] = None,
+) -> None:
+    """Ask a model about unseen synthetic scenes and count the right answers, by kind and language.
+
+    Three exams: unseen scenes, unseen pairs of colour and shape, and the first one again with the pictures shuffled
+    between the questions, which shows what the words alone would give.
+    """
+    from omnilmm.models.device import use_threads
+    from omnilmm.prompt.template import load_template
+    from omnilmm.training.evaluation import make_papers, sit_exam
+    from omnilmm.training.scenes import Split
+    from omnilmm.training.scenes_draw import load_scenery
+    from omnilmm.training.sheets import draw_confusion, draw_sheet
+
+    use_threads(threads)
+    console = Console(highlight=False)
+    seed = secrets.randbelow(1 << 31) if seed is None else seed
+    learner = _load(checkpoint, precision)
+    template = load_template(learner.config.family, checkpoint, num_image_tokens=learner.config.num_image_tokens)
+    scenery, side = load_scenery(), learner.policy.side
+    papers = {
+        split: make_papers(split, seed, scenes, scenery=scenery, side=side)
+        for split in (Split.TEST, Split.COMBINATIONS)
+    }
+    reports: dict[str, Report] = {}
+    for split, paper in papers.items():
+        with console.status(f"answering: {split}"):
+            reports[split] = sit_exam(paper, learner, template)
+    with console.status("answering: shuffled pictures"):
+        reports["shuffled"] = sit_exam(papers[Split.TEST], learner, template, shift=max(1, scenes // 2))
+    console.print(f"{checkpoint}  seed {seed}  {scenes} scenes an exam")
+    console.print(_table(reports))
+    for name, report in reports.items():
+        console.print(f"{name}: yes to absent things {_percent(report.false_yes())}")
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "report.json").write_text(json.dumps(_plain(reports, seed, scenes), indent=1) + "\n", encoding="utf-8")
+        draw_confusion(reports[Split.TEST], out / "confusion.png")
+        draw_sheet(papers[Split.TEST], reports[Split.TEST], out / "sheet.png")
+
+
+def merge_adapter(
+    checkpoint: Annotated[Path, typer.Argument(help="The checkpoint the adapter belongs to.", exists=True)],
+    adapter: Annotated[Path, typer.Argument(help="Folder with peft's two files.", exists=True, file_okay=False)],
+    out: Annotated[Path, typer.Argument(help="Folder of the new checkpoint.")],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
+) -> None:
+    """Add a LoRA adapter to the weights of a checkpoint, for good."""
+    from omnilmm.errors import ConfigError
+    from omnilmm.training.export import save_checkpoint
+    from omnilmm.training.lora import load_adapter
+
+    if out.exists():
+        raise ConfigError("The output folder exists already; name another.", param="out")
+    learner = _load(checkpoint, "float32")
+    load_adapter(adapter, learner.config).merge_into(learner.language)
+    save_checkpoint(out, checkpoint, learner.config, encoder=learner.encoder, language=learner.language, dtype=dtype)
+    Console(highlight=False).print(f"written: {out}")
+
+
+class _StopAsked:
+    """Whether Ctrl-C or SIGTERM came. A second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._asked = True
+        signal.signal(number, signal.SIG_DFL)
+
+    def __call__(self) -> bool:
+        return self._asked
+
+
+def _load(checkpoint: Path, precision: str) -> Learner:
+    from omnilmm.models.config import read_model_config
+    from omnilmm.training.learner import load_learner
+
+    config = read_model_config(checkpoint)
+    config.image_policy(InputHandling.SAFE)  # a text-only model is refused here
+    return load_learner(checkpoint, config, learn=(), precision=precision).eval()
+
+
+def _table(reports: dict[str, Report]) -> Table:
+    table = Table("question", *(f"{name} {language}" for name in reports for language in ("en", "zh")))
+    kinds = {kind: None for report in reports.values() for kind in report.kinds()}
+    for kind in (*sorted(kinds), None):
+        cells = [_percent(score) for report in reports.values() for score in _by_language(report, kind)]
+        table.add_row(str(kind or "all"), *cells)
+    return table
+
+
+def _by_language(report: Report, kind: Any) -> list[Score]:
+    from omnilmm.training.scenes_words import Language
+
+    return [report.score(kind, language) for language in Language]
+
+
+def _percent(score: Score) -> str:
+    return f"{100 * score.accuracy:.1f} % of {score.num}" if score.num else "-"
+
+
+def _plain(reports: dict[str, Report], seed: int, scenes: int) -> dict[str, Any]:
+    def figures(score: Score) -> dict[str, int]:
+        return {"asked": score.num, "right": score.num_right}
+
+    exams = {
+        name: {
+            "kinds": {
+                str(kind or "all"): {
+                    language: figures(score)
+                    for language, score in zip(("en", "zh"), _by_language(report, kind), strict=True)
+                }
+                for kind in (*report.kinds(), None)
+            },
+            "yes_to_absent": figures(report.false_yes()),
+        }
+        for name, report in reports.items()
+    }
+    return {"seed": seed, "scenes": scenes, "exams": exams}
