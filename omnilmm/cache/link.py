@@ -79,8 +79,9 @@ class RedisLink:
     """Connections to one server.
 
     A server that is gone or hangs costs at most `timeout_s` whoever finds out; while the breaker is open a call costs
-    nothing, and probes run in the background. When more calls come at once than there are connections, they queue for up to two more `timeout_s`, as
-    long as the server answers the others: a queue for a server that hangs leaves with the first who found out.
+    nothing, and probes run in the background. When more calls come at once than there are connections, they queue for
+    up to two more `timeout_s`, as long as the server answers the others: a queue for a server that hangs leaves with
+    the first who found out.
 
     Args:
         url: redis://, rediss:// or unix://, with credentials and database number as redis-py reads them.
@@ -106,7 +107,7 @@ class RedisLink:
 
     async def run(self, exchange: Callable[[AbstractConnection], Awaitable[T]]) -> T | None:
         """What `exchange` returns, or None when there was no connection, no time or no sense in the answer."""
-        if self._breaker.is_open:
+        if self.is_down:
             self._probe_if_due()
             return None
         try:

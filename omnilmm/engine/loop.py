@@ -11,7 +11,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -121,7 +121,7 @@ class EngineLoop:
         """The engine's numbers after its latest step or message."""
         return self._stats
 
-    async def generate(self, call: GenerateCall, *, fetch: Fetch) -> AsyncIterator[TokenBatch]:
+    async def generate(self, call: GenerateCall, *, fetch: Fetch) -> AsyncGenerator[TokenBatch, None]:
         """Stream a call's tokens. Closing the iterator, or being cancelled in it, frees the sequence within a step.
 
         `fetch` is asked for those pictures only whose vectors neither came along nor are needless because the KV
