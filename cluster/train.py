@@ -43,7 +43,7 @@ def train(
         console.print(f"written: {written}")
 
 
-def eval_nano(
+def eval_nano(  # noqa: PLR0917  the parameters of a command are its options
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint folder.", exists=True, file_okay=False)],
     seed: Annotated[int | None, typer.Option(help="World of the scenes; a fresh one each time if not given.")] = None,
     scenes: Annotated[int, typer.Option(min=2, help="Scenes of each kind of exam.")] = 300,

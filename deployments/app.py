@@ -6,7 +6,7 @@ The only file that decorates, configures and binds deployments; the classes them
        └─────> Decoder[model]    prompts and keys to tokens; fetches vectors from Redis itself
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations` here: Serve reads the real type of `args` to validate the file with it.
 
 from typing import Any
 
@@ -56,7 +56,7 @@ def _deployment(cls: type, name: str, pool: Pool, resource: str | None) -> serve
         ray_actor_options={
             "num_cpus": pool.num_cpus,
             "num_gpus": pool.num_gpus,
-            "resources": {} if resource is None else {resource: pool.pool_share},
+            "resources": {resource: pool.pool_share} if resource and pool.pool_share else {},
         },
         autoscaling_config=_autoscaling(pool.autoscaling),
         max_ongoing_requests=pool.max_ongoing_requests,

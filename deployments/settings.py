@@ -50,8 +50,8 @@ class Pool(Settings):
     autoscaling: Autoscaling = Autoscaling()
     num_cpus: Annotated[float, Field(ge=0, le=1024)] = 0.1
     num_gpus: Annotated[float, Field(ge=0, le=64)] = 0.0
-    pool_share: Annotated[float, Field(gt=0, le=64)] = 0.01
-    """How much of the pool's custom resource one replica takes."""
+    pool_share: Annotated[float, Field(ge=0, le=64)] = 0.01
+    """How much of the pool's custom resource one replica takes; 0 takes none, so any node will do."""
     max_ongoing_requests: Annotated[int, Field(ge=1, le=100_000)] = 256
     max_queued_requests: Annotated[int, Field(ge=1, le=100_000)] = 512
     """Calls that may wait in each caller for a free replica."""

@@ -52,16 +52,18 @@ def build_batch(rows: Sequence[Row], *, block_size: int, device: torch.device) -
         firsts=tuple(end - row.num_tokens for end, row in zip(ends, ordered, strict=True)),
         ids=_tensor([token_id for row in ordered for token_id in row.ids], device),
         positions=_tensor([position for row in ordered for position in range(row.start, row.end)], device),
-        slots=_tensor(np.concatenate([_slots(row, block_size)[row.start :] for row in ordered]), device),
+        slots=_tensor(np.concatenate([_slots(row, row.start, block_size) for row in ordered]), device),
         lasts=_tensor([end - 1 for end in ends], device),
         drawing=_tensor([index for index, row in enumerate(ordered) if row.draw is not None], device),
     )
 
 
-def _slots(row: Row, block_size: int) -> Slots:
-    """Slots of the positions [0, row.end)."""
-    table = np.array(row.block_ids, dtype=np.int64)
-    return (table[:, None] * block_size + np.arange(block_size)).reshape(-1)[: row.end]
+def _slots(row: Row, start: int, block_size: int) -> Slots:
+    """Slots of the positions [start, row.end)."""
+    first_block = start // block_size
+    table = np.array(row.block_ids[first_block:], dtype=np.int64)
+    slots = (table[:, None] * block_size + np.arange(block_size)).reshape(-1)
+    return slots[start - first_block * block_size : row.end - first_block * block_size]
 
 
 def _tensor(numbers: Sequence[int] | Slots, device: torch.device) -> Tensor:
@@ -132,7 +134,7 @@ def _groups(batch: Batch, block_size: int) -> Iterator[_Group]:
     for begin, end in _similar([row.end for row in batch.rows[:num_decodes]]):
         yield _decode_group(batch, begin, end, block_size)
     for row, first in zip(batch.rows[num_decodes:], batch.firsts[num_decodes:], strict=True):
-        slots = None if row.start == 0 else _tensor(_slots(row, block_size), batch.device)
+        slots = None if row.start == 0 else _tensor(_slots(row, 0, block_size), batch.device)
         yield _Group(first, 1, row.num_tokens, slots, causal_mask(row.num_tokens, row.end, batch.device))
 
 
@@ -153,7 +155,7 @@ def _decode_group(batch: Batch, begin: int, end: int, block_size: int) -> _Group
     lengths = np.array([row.end for row in rows])
     slots = np.empty((len(rows), lengths[0]), dtype=np.int64)
     for line, row in zip(slots, rows, strict=True):
-        own = _slots(row, block_size)
+        own = _slots(row, 0, block_size)
         line[: row.end], line[row.end :] = own, own[0]
     mask = None
     if lengths[-1] < lengths[0]:

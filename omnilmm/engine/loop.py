@@ -11,64 +11,19 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 
 from omnilmm.engine.engine import Engine, EngineStats, Failed, Output, Tokens
+from omnilmm.engine.inbox import Abort, Drain, Fetch, Message, Request, Stop, Submit, Supply
 from omnilmm.engine.plan import Needs
 from omnilmm.engine.stream import Ending, TokenStream
 from omnilmm.errors import DeadlineExceeded, OmniError, Overloaded, ReplicaLost
-from omnilmm.messages import Embedding, GenerateCall, TokenBatch
+from omnilmm.messages import GenerateCall, TokenBatch
 from omnilmm.observe import Observer, PrefillDone, Silent, StepRun
 from omnilmm.ports import Clock
 
 logger = logging.getLogger(__name__)
-
-Fetch = Callable[[str], Awaitable[Embedding | None]]
-"""Finds the vectors under a key wherever they may be; None if they are nowhere."""
-
-
-@dataclass(eq=False, slots=True)
-class _Request:
-    """A call between its reader, on an event loop, and its sequence, on the thread."""
-
-    call: GenerateCall
-    fetch: Fetch
-    stream: TokenStream
-    sequence_id: int = -1  # written and read by the thread only
-    fetching: set[asyncio.Task[None]] = field(default_factory=set)  # the event loop's
-    is_closed: bool = False  # the event loop's: the reader has left
-
-
-@dataclass(frozen=True, slots=True)
-class _Submit:
-    request: _Request
-
-
-@dataclass(frozen=True, slots=True)
-class _Supply:
-    request: _Request
-    key: str
-    embedding: Embedding
-
-
-@dataclass(frozen=True, slots=True)
-class _Abort:
-    request: _Request
-
-
-@dataclass(frozen=True, slots=True)
-class _Drain:
-    done: asyncio.Future[None]
-
-
-@dataclass(frozen=True, slots=True)
-class _Stop:
-    pass
-
-
-_Message = _Submit | _Supply | _Abort | _Drain | _Stop
 
 
 class EngineLoop:
@@ -93,14 +48,16 @@ class EngineLoop:
         self._clock = clock
         self._flush_interval_s = flush_interval_s
         self._max_batch_tokens = max_batch_tokens
-        self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
-        self._gate = threading.Lock()  # between a message coming in and the thread's end
+        self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        # Between a message coming in and the thread's end. Re-entrant, because the garbage collector may close a
+        # forgotten stream, and so post its abort, while the same thread is posting.
+        self._gate = threading.RLock()
         self._is_open = False
         self._thread: threading.Thread | None = None
         self._stats = engine.stats()
         # The thread's own:
-        self._requests: dict[int, _Request] = {}
-        self._draining: list[_Drain] = []
+        self._requests: dict[int, Request] = {}
+        self._draining: list[Drain] = []
         self._is_draining = False
 
     # -- from outside ---------------------------------------------------------------------------------
@@ -135,8 +92,8 @@ class EngineLoop:
             OmniError: this sequence, or the engine, has failed.
         """
         stream = TokenStream(flush_interval_s=self._flush_interval_s, max_batch_tokens=self._max_batch_tokens)
-        request = _Request(call, fetch, stream)
-        self._post(_Submit(request))
+        request = Request(call, fetch, stream)
+        self._post(Submit(request))
         late = DeadlineExceeded("The answer could not be completed in time.")
         deadline = stream.event_loop.call_later(call.timeout_s, self._cut_short, request, late)
         try:
@@ -144,16 +101,16 @@ class EngineLoop:
                 yield batch
         finally:
             request.is_closed = True
+            if not stream.has_ended:
+                self._try_post(Abort(request))
             deadline.cancel()
             for task in request.fetching:
                 task.cancel()
-            if not stream.has_ended:
-                self._try_post(_Abort(request))
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new calls, and wait for the accepted ones to finish: whether they did in time."""
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        if not self._try_post(_Drain(done)):
+        if not self._try_post(Drain(done)):
             return True
         try:
             async with asyncio.timeout(timeout_s):
@@ -166,17 +123,17 @@ class EngineLoop:
         """End open streams with ReplicaLost, free everything, and join the thread."""
         with self._gate:
             if self._is_open:
-                self._inbox.put(_Stop())
+                self._inbox.put(Stop())
                 self._is_open = False
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
-    def _post(self, message: _Message) -> None:
+    def _post(self, message: Message) -> None:
         if not self._try_post(message):
             raise ReplicaLost("The decode replica has stopped.")
 
-    def _try_post(self, message: _Message) -> bool:
+    def _try_post(self, message: Message) -> bool:
         """False if the thread will not read it."""
         with self._gate:
             if self._is_open:
@@ -185,7 +142,7 @@ class EngineLoop:
 
     # -- on the event loop of a request ---------------------------------------------------------------
 
-    def _receive(self, news: Iterable[tuple[_Request, Output]]) -> None:
+    def _receive(self, news: Iterable[tuple[Request, Output]]) -> None:
         for request, output in news:
             match output:
                 case Tokens():
@@ -197,13 +154,13 @@ class EngineLoop:
                     request.fetching.add(task)
                     task.add_done_callback(request.fetching.discard)
 
-    async def _fetch(self, request: _Request, keys: Sequence[str]) -> None:
+    async def _fetch(self, request: Request, keys: Sequence[str]) -> None:
         """Fetch vectors side by side, each going to the engine as it comes."""
 
         async def fetch_one(key: str) -> bool:
             embedding = await request.fetch(key)
             if embedding is not None:
-                self._try_post(_Supply(request, key, embedding))
+                self._try_post(Supply(request, key, embedding))
             return embedding is not None
 
         outcomes = await asyncio.gather(*map(fetch_one, keys), return_exceptions=True)
@@ -213,9 +170,9 @@ class EngineLoop:
         elif missing:
             self._cut_short(request, TokenBatch(missing=missing))
 
-    def _cut_short(self, request: _Request, ending: Ending) -> None:
+    def _cut_short(self, request: Request, ending: Ending) -> None:
         request.stream.end(ending)
-        self._try_post(_Abort(request))
+        self._try_post(Abort(request))
 
     # -- on the thread --------------------------------------------------------------------------------
 
@@ -242,7 +199,7 @@ class EngineLoop:
                 message = self._inbox.get(block=not has_work)
             except queue.Empty:
                 return True
-            if isinstance(message, _Stop):
+            if isinstance(message, Stop):
                 return False
             self._handle(message)
 
@@ -253,19 +210,19 @@ class EngineLoop:
             self._engine.check_integrity()
             self._finish_draining()
 
-    def _handle(self, message: _Submit | _Supply | _Abort | _Drain) -> None:
+    def _handle(self, message: Submit | Supply | Abort | Drain) -> None:
         match message:
-            case _Submit(request):
+            case Submit(request):
                 self._submit(request)
-            case _Supply(request, key, embedding):
+            case Supply(request, key, embedding):
                 self._engine.supply(request.sequence_id, key, embedding)
-            case _Abort(request):
+            case Abort(request):
                 self._abort(request)
-            case _Drain():
+            case Drain():
                 self._is_draining = True
                 self._draining.append(message)
 
-    def _submit(self, request: _Request) -> None:
+    def _submit(self, request: Request) -> None:
         try:
             if self._is_draining:
                 raise Overloaded("The decode replica is about to stop.", retry_after=1.0)
@@ -308,9 +265,9 @@ class EngineLoop:
             if isinstance(output, Tokens) and (prefill := output.batch.prefill):
                 self._observer.emit(PrefillDone(prefill.queue_s, prefill.num_prompt_tokens, prefill.num_cached_tokens))
 
-    def _tell(self, news: Sequence[tuple[_Request, Output]]) -> None:
+    def _tell(self, news: Sequence[tuple[Request, Output]]) -> None:
         """Hand news to the event loops they belong to, in one call each."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Request, Output]]] = {}
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Request, Output]]] = {}
         for request, output in news:
             by_loop.setdefault(request.stream.event_loop, []).append((request, output))
         for event_loop, share in by_loop.items():
@@ -320,7 +277,7 @@ class EngineLoop:
                 for request, _ in share:
                     self._abort(request)
 
-    def _abort(self, request: _Request) -> None:
+    def _abort(self, request: Request) -> None:
         self._engine.abort(request.sequence_id)
         self._requests.pop(request.sequence_id, None)
 
@@ -337,9 +294,9 @@ class EngineLoop:
         with suppress(queue.Empty):
             while True:
                 match self._inbox.get_nowait():
-                    case _Submit(request):
+                    case Submit(request):
                         self._tell([(request, Failed(request.sequence_id, ending))])
-                    case _Drain() as drain:
+                    case Drain() as drain:
                         self._draining.append(drain)
         self._tell([(request, Failed(request.sequence_id, ending)) for request in self._requests.values()])
         self._requests.clear()

@@ -15,7 +15,7 @@ from omnilmm.engine.sampling import draw_tokens
 from omnilmm.errors import ConfigError, OmniError
 from omnilmm.models.decoder import LanguageModel
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class ModelRunner:

@@ -170,7 +170,7 @@ class _Top:
         after_top_k = torch.where(has_top_k, (mass * survives).sum(dim=-1, keepdim=True), everything)
         better = mass.cumsum(dim=-1) - mass  # mass of all better tokens
         survives &= (better < filters.top_p * after_top_k) | ~has_top_p
-        survives &= (mass >= filters.min_p * mass[:, :1]) & (mass > 0.0)
+        survives &= mass >= filters.min_p * mass[:, :1]
 
         mass = mass * survives
         is_filtered = has_top_k | has_top_p | has_min_p

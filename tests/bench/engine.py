@@ -40,7 +40,7 @@ from bench_servers import Server, omnilmm_server, vllm_server
 from roofline import copy_bandwidth, weight_bytes_per_step
 
 NUM_PROMPT_TOKENS, NUM_TOKENS = 128, 64
-REQUESTS = {1: 1, 4: 4, 16: 16}  # per concurrency and repeat
+REQUESTS = {1: 2, 4: 8, 16: 32}  # per concurrency and repeat
 SAME_CHARS = 24
 
 Measure = Callable[[Sequence[BenchPrompt], int], Measurement]

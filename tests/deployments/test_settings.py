@@ -19,7 +19,7 @@ def test_the_checked_in_file_is_valid():
     settings = AppSettings.model_validate(application["args"])
     assert application["import_path"] == "deployments.app:build"
     assert document["http_options"]["host"] == "127.0.0.1"
-    assert settings.models[0].vision.num_gpus == 1
+    assert (ROOT / settings.models[0].path / "config.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ def test_bad_vectors_fail_their_sequence_only(model, embedding):
     driver = make_driver(model)
     answers = driver.run(make_call(9, seed=1), bad, good)
     assert isinstance(answers[1].error, OmniError)
+    assert "embedding" in str(answers[1].error)  # found before anything was computed with it
     assert answers[1].ids == ()
     assert answers[0].ids == lone_run(model, make_call(9, seed=1))
     assert answers[2].ids == lone_run(model, good)

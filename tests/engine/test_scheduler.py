@@ -121,6 +121,19 @@ def test_the_latest_gives_way_when_blocks_run_out():
     assert all(len(answer.ids) == 12 for answer in driver.answers.values())
 
 
+def test_a_newcomer_waits_behind_one_that_lacks_a_block():
+    driver, runner = paper_driver(num_blocks=4, block_size=4)
+    driver.submit(make_call(5, max_tokens=3))  # two blocks, room to grow
+    driver.submit(make_call(8, seed=1, max_tokens=3))  # two blocks, both full
+    driver.step()
+    driver.submit(make_call(2, seed=2, max_tokens=3))
+    driver.step()
+    assert runner.last() == {0: 1}
+    assert driver.engine.stats().num_preemptions == 0
+    driver.finish()
+    assert all(len(answer.ids) == 3 for answer in driver.answers.values())
+
+
 def test_order_of_finishing_follows_submission_under_pressure():
     driver, _ = paper_driver(num_blocks=6, block_size=4)
     for seed in range(4):
@@ -181,6 +194,18 @@ def test_one_that_is_stuck_gives_its_seat_to_one_that_can_run():
     driver.engine.supply(stuck, "a", make_vectors("a", 4))
     driver.finish()
     assert len(driver.answers[stuck].ids) == 8
+
+
+def test_an_abort_may_give_others_work():
+    driver, runner = paper_driver(max_sequences=1)
+    stuck = driver.submit(make_call(20, pictures=[("a", 10, 4)], with_vectors=False))
+    driver.submit(make_call(4, seed=1, **BATCH))
+    driver.finish()
+    assert {row.sequence_id for plan in runner.plans for row in plan.rows} == {stuck}  # of the higher class
+    driver.engine.abort(stuck)
+    assert driver.engine.has_work
+    driver.finish()
+    assert len(driver.answers[1].ids) == 8
 
 
 def test_two_that_are_stuck_do_not_chase_one_another():

@@ -1,5 +1,6 @@
 """Both kinds of tokenizer file: the ids of the library that made them, offsets, spellings, and clear refusals."""
 
+import json
 import shutil
 
 import pytest
@@ -80,6 +81,36 @@ def test_a_byte_level_tokenizer(byte_level):
     pieces = tokenizer.encode_text(text)
     assert b"".join(tokenizer.token_bytes(p.id) for p in pieces) == text.encode()
     assert not tokenizer.control_ids.intersection(p.id for p in pieces)
+
+
+def without_bytes(folder, *missing):
+    """Take the pieces of these bytes out of a byte-level tokenizer; the characters in its place stay unused."""
+    path = folder / "tokenizer.json"
+    layout = json.loads(path.read_text(encoding="utf-8"))
+    vocabulary = layout["model"]["vocab"]
+    for byte in missing:
+        piece = chr(byte if byte > 0x20 else 0x100 + byte)  # in GPT-2's alphabet control characters come first
+        assert not any(piece in merge for merge in layout["model"]["merges"])
+        vocabulary[f"unused {byte}"] = vocabulary.pop(piece)
+    path.write_text(json.dumps(layout), encoding="utf-8")
+
+
+def test_characters_that_a_vocabulary_learned_from_text_lacks(byte_level):
+    """SmolLM2's has no piece for some control characters, nor for what begins the unassigned planes of Unicode."""
+    whole = load_tokenizer(byte_level)
+    without_bytes(byte_level, 0x04, 0x1D, 0xF1, 0xF5)
+    tokenizer = load_tokenizer(byte_level)
+    text = "What is\x04 in\U00050000 the\x1d picture? 🙂"
+    assert tokenizer.encode_parsed(text) == whole.encode_parsed("What is� in� the� picture? 🙂")
+    assert [p.end for p in tokenizer.encode_text("a\x04b")][-1] == 3
+    assert tokenizer.spell_bytes(b"<|user|>") == whole.spell_bytes(b"<|user|>")
+
+
+@pytest.mark.parametrize("byte", [0x0A, ord("x"), 0xBD])
+def test_bytes_of_ordinary_text_must_be_there(byte_level, byte):
+    without_bytes(byte_level, byte)
+    with pytest.raises(CheckpointError, match="cannot spell every byte"):
+        load_tokenizer(byte_level)
 
 
 def test_the_json_of_the_12b_gives_what_its_sentencepiece_model_gives(tmp_path, omni):

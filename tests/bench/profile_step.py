@@ -1,0 +1,102 @@
+"""Where the time of a decode step goes.
+
+    python tests/bench/profile_step.py --model FOLDER [--threads 1]
+
+Runs steps of 1 and 16 sequences through the engine's own runner, without scheduler, server and Ray: first untouched,
+for the time of a step; then under torch's profiler, for the shares of its operators. One thread gives the clearest
+picture, and CPU time is counted, so what else runs on the machine matters little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from omnilmm.config import EngineConfig
+from omnilmm.engine.plan import Draw, Plan, Row
+from omnilmm.engine.runner import ModelRunner
+from omnilmm.messages import Sampling
+from omnilmm.models.config import read_model_config
+from omnilmm.models.weights import load_language_model
+
+NUM_STEPS = 20
+KINDS: Mapping[str, tuple[str, ...]] = {
+    "matrix products of the weights": ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise"),
+    "attention": ("aten::_scaled_dot_product", "aten::bmm", "aten::_softmax", "aten::baddbmm"),
+    "keys and values in and out of the pool": ("aten::index_copy", "aten::index_select"),
+    "choosing the token": ("aten::argmax",),
+}
+
+
+def decode_plan(num_sequences: int, context: int, block_size: int) -> Plan:
+    """A step in which every sequence gets one token behind `context - 1` others."""
+    num_blocks = -(-context // block_size)
+    rows = [
+        Row(
+            sequence_id=index,
+            ids=(1000 + index,),
+            start=context - 1,
+            block_ids=tuple(range(index * num_blocks, (index + 1) * num_blocks)),
+            draw=Draw(Sampling(max_tokens=64), position=5),
+        )
+        for index in range(num_sequences)
+    ]
+    return Plan(tuple(rows))
+
+
+def step_seconds(runner: ModelRunner, plan: Plan) -> float:
+    """Median CPU time of a step."""
+    seconds = []
+    for _ in range(NUM_STEPS + 5):
+        begun = time.process_time()
+        runner.run(plan)
+        seconds.append(time.process_time() - begun)
+    return statistics.median(seconds[5:])
+
+
+def print_profile(runner: ModelRunner, plan: Plan, num_rows: int) -> None:
+    seconds = step_seconds(runner, plan)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        for _ in range(NUM_STEPS):
+            runner.run(plan)
+    events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    print(f"\n{len(plan.rows)} sequences, context {plan.rows[0].end}: {1e3 * seconds:.1f} ms of CPU time a step\n")
+    shares = dict.fromkeys((*KINDS, "everything else"), 0.0)
+    for event in events:
+        kind = next((k for k, names in KINDS.items() if event.key.startswith(names)), "everything else")
+        shares[kind] += event.self_cpu_time_total
+    for kind, share in shares.items():
+        print(f"  {100 * share / total:5.1f} %  {kind}")
+    print(f"\n  {'operator':48} {'calls a step':>12} {'us a call':>10} {'share':>8}")
+    for event in events[:num_rows]:
+        per_call = event.self_cpu_time_total / event.count
+        share = 100 * event.self_cpu_time_total / total
+        print(f"  {event.key[:48]:48} {event.count / NUM_STEPS:12.0f} {per_call:10.1f} {share:6.1f} %")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, required=True, help="folder of a text checkpoint")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--context", type=int, default=160, help="tokens of each sequence")
+    parser.add_argument("--rows", type=int, default=14, help="operators to list")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    config = read_model_config(args.model)
+    engine = EngineConfig()
+    runner = ModelRunner(load_language_model(args.model, config, dtype=args.dtype), engine)
+    print(f"torch {torch.__version__}, {args.threads} threads, {args.dtype}, {args.model.name}")
+    for num_sequences in (1, 16):
+        print_profile(runner, decode_plan(num_sequences, args.context, engine.block_size), args.rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""The rate's course, who decays, and clipping."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+
+from omnilmm.training.config import LoraConfig, OptimiserConfig
+from omnilmm.training.learner import Learner
+from omnilmm.training.optimise import clip_gradients, make_optimiser, rate_at, set_rate
+
+CONFIG = OptimiserConfig(learning_rate=1.0, warmup_steps=4, final_ratio=0.1)
+
+
+def test_the_rate_rises_in_a_line_and_falls_along_a_cosine() -> None:
+    rates = [rate_at(step, 104, CONFIG) for step in range(105)]
+    assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+    assert rates[54] == pytest.approx(0.55)
+    assert rates[104] == pytest.approx(0.1)
+    assert all(a >= b for a, b in pairwise(rates[4:]))
+
+
+def test_without_warm_up_it_begins_at_the_top() -> None:
+    assert rate_at(0, 10, OptimiserConfig(learning_rate=2.0)) == 2.0
+
+
+def test_only_matrices_decay_and_parts_have_rates_of_their_own(learner_of: Callable[..., Learner]) -> None:
+    learner = learner_of(learn=("vision", "embeddings"), lora=LoraConfig(r=2))
+    config = OptimiserConfig(learning_rate=1.0, weight_decay=0.1, part_rates={"vision": 0.5})
+    optimiser = make_optimiser(learner, config)
+    names = {id(parameter): name for _, name, parameter in learner.learning()}
+    decaying = set()
+    set_rate(optimiser, 0.2)
+    for group in optimiser.param_groups:
+        group_names = {names.pop(id(parameter)) for parameter in group["params"]}
+        is_vision = all(name.startswith("encoder.vision") for name in group_names)
+        assert group["lr"] == pytest.approx(0.1 if is_vision else 0.2)
+        decaying |= group_names if group["weight_decay"] else set()
+    assert not names
+    assert "encoder.vision.patch_embed.weight" in decaying
+    assert "language.embedding.weight" not in decaying
+    assert not any(name.endswith("bias") or ".norm" in name for name in decaying)
+
+
+def test_long_gradients_are_cut_and_short_ones_are_not() -> None:
+    gradients = [torch.full((2,), 3.0), torch.full((2,), 4.0)]
+    norm = clip_gradients(gradients, 1.0)
+    assert norm == pytest.approx(50**0.5)
+    assert float(torch.cat(gradients).norm()) == pytest.approx(1.0, rel=1e-4)
+    before = [gradient.clone() for gradient in gradients]
+    clip_gradients(gradients, 5.0)
+    assert all(map(torch.equal, gradients, before))
