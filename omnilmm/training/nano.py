@@ -6,7 +6,8 @@ What makes them small and quick to train on a CPU, all of it within what the for
 - a tower of width 128, a language model of width 256, the least two heads of the resampler allow;
 - a tokenizer learned from the scenes' own sentences, in which nearly every word is one token and every digit and
   capital letter another, so that any number and any word can be read out;
-- position tables are sine and cosine from the start, as they do not learn.
+- position tables are waves from the start, as they do not learn, and every query of the resampler begins by looking
+  at its own place.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from omnilmm.config import Family
 from omnilmm.errors import ConfigError
 from omnilmm.models.config import ModelConfig, read_model_config
 from omnilmm.models.decoder import LanguageModel
+from omnilmm.models.resampler import Resampler
 from omnilmm.models.vision import ImageEncoder
 from omnilmm.models.weights import to_checkpoint
 from omnilmm.prompt.template import OMNILMM_SYSTEM
@@ -42,6 +44,7 @@ SCALE_EMB, DIM_MODEL_BASE = 12, 256
 MAX_CONTEXT = 2048
 NUM_PIECES: Mapping[Family, int] = {Family.OMNILMM_12B: 880, Family.OMNILMM_3B: 992}
 CORPUS_SCENES = 3000
+TOP_FREQUENCY, SHARPNESS = 0.9, 20.0  # of the position tables; of the queries' first attention
 DELIMITER = "\u2063"  # between words of the corpus; never part of a text
 EOS_ID = 2
 
@@ -143,27 +146,50 @@ def initialise(encoder: ImageEncoder, language: LanguageModel) -> None:
             module.weight.normal_(std=1 / math.sqrt(module.weight[0].numel()))
             if module.bias is not None:
                 module.bias.zero_()
-    vision, resampler = encoder.vision, encoder.resampler
-    for model, num_blocks in ((vision, len(vision.blocks)), (language, len(language.layers))):
+    for model, num_blocks in ((encoder.vision, len(encoder.vision.blocks)), (language, len(language.layers))):
         for name, parameter in model.named_parameters():
             if name.endswith(("attention.out.weight", "mlp.fc2.weight", "mlp.down.weight")):
                 parameter.mul_(1 / math.sqrt(2 * num_blocks))
-    prefix = int(vision.config.has_class_token)
+    vision, prefix = encoder.vision, int(encoder.vision.config.has_class_token)
     if prefix:
         vision.class_token.normal_(std=0.02)
-    vision.pos_embed[0, prefix:] = sine_table(vision.config.native_grid, vision.config.width)
-    resampler.query.normal_(std=0.02)
-    resampler.pos_embed.copy_(sine_table(GRID, resampler.pos_embed.shape[1]))
-    resampler.proj.normal_(std=1 / math.sqrt(len(resampler.proj)))
+    vision.pos_embed[0, prefix:] = wave_table(vision.config.native_grid, vision.config.width)
+    encoder.resampler.pos_embed.copy_(wave_table(GRID, encoder.resampler.pos_embed.shape[1]))
+    encoder.resampler.query.normal_(std=0.02)
+    encoder.resampler.proj.normal_(std=1 / math.sqrt(len(encoder.resampler.proj)))
+    aim_queries(encoder.resampler)
     encoder.derive_tables()
     language.embedding.weight.normal_(std=1 / language.config.scale_emb)
     language.output_matrix.normal_(std=1 / math.sqrt(language.config.hidden))
 
 
-def sine_table(grid: int, width: int) -> Tensor:
-    """(grid * grid, width) float32: the 2-D sine-cosine table of MAE, as the official resamplers store it. The first
-    half of the width tells the column, the second half the row."""
-    frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+def aim_queries(resampler: Resampler) -> None:
+    """Let every query begin by looking at the patches where it stands, and hardly at what they show.
+
+    Queries and keys get the same projection in every head: onto the directions in which the position table varies,
+    each scaled to the same size. Left to chance, 64 queries that all see the average of the picture take thousands of
+    steps to come apart.
+    """
+    hidden = resampler.pos_embed.shape[1]
+    mean = resampler.pos_embed.mean(0)
+    _, sizes, directions = torch.linalg.svd(resampler.pos_embed - mean, full_matrices=False)
+    kept = int((sizes > GRID).sum())
+    kept = min(kept, resampler.head_dim)
+    projection = torch.zeros(resampler.head_dim, hidden)
+    projection[:kept] = directions[:kept] * (GRID / sizes[:kept, None])
+    projection *= math.sqrt(SHARPNESS * math.sqrt(resampler.head_dim) / kept)
+    for first in range(0, 2 * hidden, resampler.head_dim):
+        rows = slice(first, first + resampler.head_dim)
+        resampler.in_proj.weight[rows] = projection
+        resampler.in_proj.bias[rows] = -(projection @ mean)
+    resampler.norm_q.weight.fill_(0.1)
+
+
+def wave_table(grid: int, width: int) -> Tensor:
+    """(grid * grid, width) float32: sines and cosines of column (first half) and row, like MAE's table that the
+    official resamplers store, but with even frequencies up to nearly one turn in two cells. MAE's run down to one in
+    sixty thousand, and on a grid this small most of its numbers are the same everywhere."""
+    frequencies = torch.arange(1, width // 4 + 1, dtype=torch.float64) / (width // 4) * (TOP_FREQUENCY * math.pi)
     angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies  # (grid, width / 4)
     line = torch.cat([angles.sin(), angles.cos()], dim=1)  # (grid, width / 2)
     return torch.cat([line.repeat(grid, 1), line.repeat_interleave(grid, dim=0)], dim=1).float()

@@ -97,8 +97,8 @@ def is_held_out(colour: str, shape: str) -> bool:
 
 
 def is_word_held_out(word: str) -> bool:
-    """One word in eight."""
-    return hashlib.sha256(word.encode()).digest()[0] % 8 == 0
+    """One word in six."""
+    return hashlib.sha256(word.encode()).digest()[0] % 6 == 0
 
 
 def generator(*key: object) -> random.Random:

@@ -52,6 +52,7 @@ class Exchange:
 
 
 _ENGLISH_BREAKS = re.compile(r"\band\b|[,;.]")
+_CHINESE_YES = re.compile("[有是在]")
 _CHINESE_BREAKS = re.compile(r"[，。；、和]")
 
 
@@ -60,7 +61,7 @@ def is_right(exchange: Exchange, answer: str) -> bool:
     if exchange.phrases:
         return Counter(_phrases(answer, exchange.language)) == Counter(exchange.phrases)
     names = {*named(answer, exchange.language)}
-    if exchange.says_yes is not None and not names & {"yes", "no"} and exchange.language is Language.CHINESE:
+    if exchange.says_yes is not None and not names & {"yes", "no"} and _CHINESE_YES.search(answer):
         names.add("yes")  # 有红色的圆形: to state it is to say yes
     return exchange.required <= names <= exchange.allowed
 

@@ -17,22 +17,18 @@ from torch import Tensor
 
 from omnilmm.errors import ConfigError
 from omnilmm.training.learner import Learner
+from omnilmm.training.optimise import Optimiser
 
 TENSORS_FILE, COUNTERS_FILE = "state.safetensors", "state.json"
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_PARAMETER, _MEMORY = "parameter.", "optimiser."
 
 
-def save_state(
-    folder: Path, learner: Learner, optimiser: torch.optim.Optimizer, counters: Mapping[str, Any], *, keep: int
-) -> Path:
+def save_state(folder: Path, learner: Learner, optimiser: Optimiser, counters: Mapping[str, Any], *, keep: int) -> Path:
     """Write a state into `folder` and remove all but the last `keep`. `counters` is plain JSON with a "step"."""
     from safetensors.torch import save_file
 
-    tensors: dict[str, Tensor] = {}
-    for _, name, parameter in learner.learning():
-        tensors[f"parameter.{name}"] = parameter.detach()
-        held = optimiser.state.get(parameter, {})
-        tensors |= {f"{moment}.{name}": held[moment] for moment in _MOMENTS if moment in held}
+    tensors: dict[str, Tensor] = {_PARAMETER + name: parameter.detach() for _, name, parameter in learner.learning()}
+    tensors |= {_MEMORY + name: tensor for name, tensor in optimiser.tensors()}
     target = folder / f"step-{counters['step']:08d}"
     partial = folder / f".{target.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -52,7 +48,7 @@ def states(folder: Path) -> list[Path]:
 
 
 @torch.no_grad()
-def load_state(state: Path, learner: Learner, optimiser: torch.optim.Optimizer) -> dict[str, Any]:
+def load_state(state: Path, learner: Learner, optimiser: Optimiser) -> dict[str, Any]:
     """Fill learner and optimiser from a state; returns its counters.
 
     Raises:
@@ -67,14 +63,10 @@ def load_state(state: Path, learner: Learner, optimiser: torch.optim.Optimizer) 
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"The state {state.name} cannot be read.") from error
     learning = {name: parameter for _, name, parameter in learner.learning()}
-    stored = {name.removeprefix("parameter.") for name in tensors if name.startswith("parameter.")}
-    if stored != learning.keys():
+    stored = {name.removeprefix(_PARAMETER): t for name, t in tensors.items() if name.startswith(_PARAMETER)}
+    if stored.keys() != learning.keys():
         raise ConfigError(f"In the state {state.name} other parameters learn than in this run.")
     for name, parameter in learning.items():
-        parameter.copy_(tensors[f"parameter.{name}"])
-        if f"{_MOMENTS[0]}.{name}" in tensors:
-            moments = {moment: tensors[f"{moment}.{name}"].to(parameter.device) for moment in _MOMENTS}
-            # AdamW counts its steps per parameter; ours all learn from the first step on.
-            step = torch.tensor(float(counters["step"]), device=parameter.device)
-            optimiser.state[parameter] = {"step": step, **moments}
-    return counters
+        parameter.copy_(stored[name])
+    optimiser.load({name.removeprefix(_MEMORY): t for name, t in tensors.items() if name.startswith(_MEMORY)})
+    return dict(counters)

@@ -16,7 +16,7 @@ from omnilmm.errors import OmniError
 from omnilmm.training.config import TrainingConfig
 from omnilmm.training.curve import Display, Quiet, RunLog
 from omnilmm.training.learner import Learner
-from omnilmm.training.optimise import clip_gradients, make_optimiser, rate_at, set_rate
+from omnilmm.training.optimise import Optimiser, clip_gradients, rate_at
 from omnilmm.training.rows import Batch, collate
 from omnilmm.training.sources import RowSource, row_index
 from omnilmm.training.state import load_state, save_state, states
@@ -63,7 +63,7 @@ class Trainer:
         self._evaluator = evaluator
         self._workers = workers or OneWorker()
         self._display = display or Quiet()
-        self._optimiser = make_optimiser(learner, config.optimiser)
+        self._optimiser = Optimiser(learner, config.optimiser)
         self._tally = _Tally()
         self._grounding_weight = config.scenes.grounding if config.scenes is not None else 0.0
 
@@ -124,7 +124,7 @@ class Trainer:
         self._workers.add_up([counts])
         num_targets, num_pictures = counts.tolist()
         sums = torch.zeros(3, dtype=torch.float64)  # answers, grounding, right
-        self._optimiser.zero_grad(set_to_none=True)
+        self._optimiser.zero_grad()
         for number, batch in enumerate(batches):
             self._seed_dropout(number)
             losses = self._learner(batch)
@@ -140,8 +140,7 @@ class Trainer:
         if not math.isfinite(answers + grounding):
             raise OmniError(f"the loss is not finite at step {self.step}")
         norm = clip_gradients(gradients, config.optimiser.clip)
-        set_rate(self._optimiser, rate_at(self.step, config.steps, config.optimiser))
-        self._optimiser.step()
+        self._optimiser.step(rate_at(self.step, config.steps, config.optimiser))
         self.step += 1
         tally = self._tally
         tally.steps += 1

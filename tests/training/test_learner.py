@@ -15,7 +15,7 @@ from omnilmm.image.transform import normalise
 from omnilmm.training.attend import RowAttend
 from omnilmm.training.config import Learning, LoraConfig, OptimiserConfig
 from omnilmm.training.learner import Learner, normalised, part_of
-from omnilmm.training.optimise import make_optimiser
+from omnilmm.training.optimise import Optimiser
 from omnilmm.training.rows import collate
 from omnilmm.training.sequences import SequenceMaker
 
@@ -32,10 +32,10 @@ def test_pixels_are_those_of_serving(learner_of: Callable[..., Learner]) -> None
 def step(learner: Learner, maker: SequenceMaker) -> dict[str, torch.Tensor]:
     """All parameters before one step of the optimiser."""
     before = {name: parameter.detach().clone() for name, parameter in learner.named_parameters()}
-    optimiser = make_optimiser(learner, OptimiserConfig(learning_rate=1e-2, weight_decay=0.1))
+    optimiser = Optimiser(learner, OptimiserConfig(weight_decay=0.1))
     losses = learner(collate([row_about(maker, 0, TALK)]))
     losses.answers.backward()
-    optimiser.step()
+    optimiser.step(1e-2)
     return before
 
 

@@ -10,7 +10,7 @@ import torch
 
 from omnilmm.training.config import LoraConfig, OptimiserConfig
 from omnilmm.training.learner import Learner
-from omnilmm.training.optimise import clip_gradients, make_optimiser, rate_at, set_rate
+from omnilmm.training.optimise import Optimiser, clip_gradients, rate_at
 
 CONFIG = OptimiserConfig(learning_rate=1.0, warmup_steps=4, final_ratio=0.1)
 
@@ -30,11 +30,11 @@ def test_without_warm_up_it_begins_at_the_top() -> None:
 def test_only_matrices_decay_and_parts_have_rates_of_their_own(learner_of: Callable[..., Learner]) -> None:
     learner = learner_of(learn=("vision", "embeddings"), lora=LoraConfig(r=2))
     config = OptimiserConfig(learning_rate=1.0, weight_decay=0.1, part_rates={"vision": 0.5})
-    optimiser = make_optimiser(learner, config)
+    optimiser = Optimiser(learner, config)
     names = {id(parameter): name for _, name, parameter in learner.learning()}
     decaying = set()
-    set_rate(optimiser, 0.2)
-    for group in optimiser.param_groups:
+    optimiser.step(0.2)
+    for group in optimiser.groups:
         group_names = {names.pop(id(parameter)) for parameter in group["params"]}
         is_vision = all(name.startswith("encoder.vision") for name in group_names)
         assert group["lr"] == pytest.approx(0.1 if is_vision else 0.2)
@@ -53,3 +53,16 @@ def test_long_gradients_are_cut_and_short_ones_are_not() -> None:
     before = [gradient.clone() for gradient in gradients]
     clip_gradients(gradients, 5.0)
     assert all(map(torch.equal, gradients, before))
+
+
+def test_muon_gets_the_inner_matrices_and_nothing_else(learner_of: Callable[..., Learner]) -> None:
+    learner = learner_of()
+    optimiser = Optimiser(learner, OptimiserConfig(muon=True))
+    for _, _, parameter in learner.learning():
+        parameter.grad = torch.ones_like(parameter)
+    optimiser.step(1e-3)
+    turned = {name.partition(".")[2] for name, _ in optimiser.tensors() if name.startswith("momentum_buffer.")}
+    assert "language.layers.0.mlp.down.weight" in turned
+    assert "encoder.resampler.proj" in turned
+    assert not {"language.embedding.weight", "language.head.weight", "encoder.resampler.query"} & turned
+    assert all(dict(learner.named_parameters())[name].ndim == 2 for name in turned)

@@ -1,0 +1,93 @@
+"""Scenes are decided by their number alone, keep to their split, and fit their frame."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+
+from omnilmm.training.scenes import (
+    COLOURS,
+    GRID,
+    MAX_COUNT,
+    SHAPES,
+    WORDS,
+    Scene,
+    Split,
+    is_held_out,
+    is_word_held_out,
+    make_scene,
+)
+
+SCENES = {split: [make_scene(split, 5, index) for index in range(400)] for split in Split}
+
+
+def test_a_scene_is_decided_by_its_number() -> None:
+    assert make_scene(Split.TEST, 1, 2) == make_scene(Split.TEST, 1, 2)
+    others = [make_scene(Split.TEST, 1, 3), make_scene(Split.TEST, 2, 2), make_scene(Split.TRAIN, 1, 2)]
+    assert make_scene(Split.TEST, 1, 2) not in others
+
+
+def test_every_shape_and_every_colour_has_one_pair_that_is_held_out() -> None:
+    pairs = [(colour, shape) for colour in COLOURS for shape in SHAPES if is_held_out(colour, shape)]
+    assert len(pairs) == len(SHAPES)
+    assert {shape for _, shape in pairs} == {*SHAPES}
+    assert {colour for colour, _ in pairs} == {*COLOURS}
+
+
+@pytest.mark.parametrize("split", [Split.TRAIN, Split.TEST])
+def test_held_out_pairs_are_not_met(split: Split) -> None:
+    assert not any(is_held_out(thing.colour, thing.shape) for scene in SCENES[split] for thing in scene.things)
+
+
+def test_unseen_combinations_have_one_in_every_scene() -> None:
+    with_one = [any(is_held_out(t.colour, t.shape) for t in scene.things) for scene in SCENES[Split.COMBINATIONS]]
+    words_only = [not scene.things for scene in SCENES[Split.COMBINATIONS]]
+    assert all(one or none for one, none in zip(with_one, words_only, strict=True))
+    assert sum(with_one) > 300
+
+
+def test_words_of_an_exam_were_never_read_in_training() -> None:
+    def words(split: Split) -> set[str]:
+        return {s.writing.text for s in SCENES[split] if s.writing is not None and not s.writing.is_number}
+
+    real = {*WORDS.split()}
+    assert words(Split.TRAIN) - real  # any letters
+    assert not any(is_word_held_out(word) for word in words(Split.TRAIN) & real)
+    assert words(Split.TEST) <= {word for word in real if is_word_held_out(word)}
+    assert 15 <= sum(map(is_word_held_out, real)) <= 40
+    assert max(map(len, real)) <= 5
+
+
+def rim(scene: Scene) -> float:
+    return min(scene.width, 1.0)
+
+
+@pytest.mark.parametrize("split", Split)
+def test_things_lie_inside_and_apart(split: Split) -> None:
+    for scene in SCENES[split]:
+        assert len(scene.things) <= MAX_COUNT
+        for index, thing in enumerate(scene.things):
+            radius = thing.radius * rim(scene)
+            assert radius / scene.width <= thing.x <= 1 - radius / scene.width
+            assert radius <= thing.y <= 1 - radius
+            for other in scene.things[:index]:
+                distance = math.hypot((thing.x - other.x) * scene.width, thing.y - other.y)
+                assert distance > (thing.radius + other.radius) * rim(scene)
+                assert (int(thing.x * GRID), int(thing.y * GRID)) != (int(other.x * GRID), int(other.y * GRID))
+
+
+def test_all_counts_textures_and_kinds_occur() -> None:
+    scenes = SCENES[Split.TRAIN]
+    assert {len(scene.things) for scene in scenes} == {*range(MAX_COUNT + 1)}
+    assert {scene.texture for scene in scenes} == {"plain", "gradient", "grain", "stripes", "photo"}
+    seen = Counter(thing.kind for scene in scenes for thing in scene.things)
+    assert len(seen) == len(SHAPES) * len(COLOURS) - len(SHAPES)
+    assert sum(scene.writing is not None and scene.writing.is_number for scene in scenes) > 20
+
+
+def test_the_lowest_level_is_one_thing_on_plain_ground() -> None:
+    for index in range(30):
+        scene = make_scene(Split.TRAIN, 0, index, level=0.0)
+        assert (len(scene.things), scene.writing, scene.texture) == (1, None, "plain")
