@@ -74,11 +74,13 @@ class LocalCluster:
 
         Raises:
             ConfigError: the address is taken, or open to the network without keys.
+            CheckpointError: a model's files cannot be used.
             StartupError: a deployment could not start; the message is what it said.
         """
         check_address(self.host, self.port, has_keys=bool(self.settings.keys))
         for name, value in RAY_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        self._read_models()
         self.temp_dir = self._given_dir or Path(tempfile.mkdtemp(prefix="omnilmm-", dir=_short_temp()))
         os.environ["RAY_TMPDIR"] = str(self.temp_dir)
         self._started = True
@@ -102,6 +104,14 @@ class LocalCluster:
         if self._given_dir is None and self.temp_dir is not None:
             shutil.rmtree(self.temp_dir, ignore_errors=True)
         self._started = False
+
+    def _read_models(self) -> None:
+        """Find out in a second what a replica would find out in a minute: that a checkpoint cannot be read."""
+        from omnilmm.models.checkpoint import resolve_checkpoint
+        from omnilmm.models.config import read_model_config
+
+        for model in self.settings.models:
+            read_model_config(resolve_checkpoint(model.path))
 
     def _start_ray(self, say: Say) -> None:
         begun = time.monotonic()
