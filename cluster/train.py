@@ -150,7 +150,7 @@ def _by_language(report: Report, kind: Any) -> list[Score]:
 
 
 def _percent(score: Score) -> str:
-    return f"{100 * score.accuracy:.1f} % of {score.num}" if score.num else "-"
+    return f"{100 * score.accuracy:.1f} % ({score.num})" if score.num else "-"
 
 
 def _plain(reports: dict[str, Report], seed: int, scenes: int) -> dict[str, Any]:

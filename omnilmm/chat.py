@@ -19,6 +19,7 @@ import binascii
 import json
 import secrets
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
@@ -147,7 +148,7 @@ class OmniLMMChat:
         """The answer piece by piece; arguments and errors as in `process`."""
         picture = _picture(input.get("image"))
         messages = _messages(input.get("question"))
-        yield from self._backend.stream(picture, messages, greedy=greedy, max_tokens=max_tokens, seed=seed)
+        yield from self._backend.stream(picture, messages, _Wishes(greedy, max_tokens, seed))
 
     def close(self) -> None:
         """Free the model, or the connection."""
@@ -188,23 +189,25 @@ def _messages(question: object) -> list[dict[str, str]]:
     return messages
 
 
+_Messages = Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Wishes:
+    """How an answer shall be made; the arguments of `process` under their names."""
+
+    greedy: bool
+    max_tokens: int | None
+    seed: int | None
+
+
 class _Backend(Protocol):
     @property
     def handling(self) -> InputHandling | None: ...
 
-    def stream(
-        self,
-        picture: bytes | None,
-        messages: Sequence[Mapping[str, str]],
-        *,
-        greedy: bool,
-        max_tokens: int | None,
-        seed: int | None,
-    ) -> Iterator[str]: ...
+    def stream(self, picture: bytes | None, messages: _Messages, wishes: _Wishes) -> Iterator[str]: ...
 
-    def search(
-        self, picture: bytes | None, messages: Sequence[Mapping[str, str]], *, num_beams: int, max_tokens: int | None
-    ) -> str: ...
+    def search(self, picture: bytes | None, messages: _Messages, *, num_beams: int, max_tokens: int | None) -> str: ...
 
     def close(self) -> None: ...
 
@@ -220,22 +223,14 @@ class _Local:
     def handling(self) -> InputHandling:
         return self._pipeline.card.handling
 
-    def stream(
-        self,
-        picture: bytes | None,
-        messages: Sequence[Mapping[str, str]],
-        *,
-        greedy: bool,
-        max_tokens: int | None,
-        seed: int | None,
-    ) -> Iterator[str]:
+    def stream(self, picture: bytes | None, messages: _Messages, wishes: _Wishes) -> Iterator[str]:
         request = ChatRequest(
             request_id=f"chat-{secrets.token_hex(8)}",
             conversation=_conversation(picture, messages),
-            max_tokens=max_tokens,
-            temperature=0.0 if greedy else None,
-            repetition_penalty=1.0 if greedy else None,
-            seed=seed,
+            max_tokens=wishes.max_tokens,
+            temperature=0.0 if wishes.greedy else None,
+            repetition_penalty=1.0 if wishes.greedy else None,
+            seed=wishes.seed,
         )
         answer = self._pipeline.answer(request)
         try:
@@ -245,9 +240,7 @@ class _Local:
         finally:
             self._runner.run(answer.aclose())
 
-    def search(
-        self, picture: bytes | None, messages: Sequence[Mapping[str, str]], *, num_beams: int, max_tokens: int | None
-    ) -> str:
+    def search(self, picture: bytes | None, messages: _Messages, *, num_beams: int, max_tokens: int | None) -> str:
         conversation = _conversation(picture, messages)
         return self._runner.run(self._pipeline.search(conversation, num_beams=num_beams, max_tokens=max_tokens))
 
@@ -260,7 +253,7 @@ async def _next(answer: AsyncGenerator[Delta | Finished, None]) -> Delta | Finis
     return await anext(answer, None)
 
 
-def _conversation(picture: bytes | None, messages: Sequence[Mapping[str, str]]) -> Conversation:
+def _conversation(picture: bytes | None, messages: _Messages) -> Conversation:
     turns = []
     waiting = picture
     for message in messages:
@@ -282,22 +275,14 @@ class _Cluster:
         self._http = httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=httpx.Timeout(300.0, connect=10.0))
         self._model = model
 
-    def stream(
-        self,
-        picture: bytes | None,
-        messages: Sequence[Mapping[str, str]],
-        *,
-        greedy: bool,
-        max_tokens: int | None,
-        seed: int | None,
-    ) -> Iterator[str]:
+    def stream(self, picture: bytes | None, messages: _Messages, wishes: _Wishes) -> Iterator[str]:
         body: dict[str, Any] = {"model": self._model_name(), "messages": _openai(picture, messages), "stream": True}
-        if greedy:
+        if wishes.greedy:
             body |= {"temperature": 0.0, "repetition_penalty": 1.0}
-        if max_tokens is not None:
-            body["max_tokens"] = max_tokens
-        if seed is not None:
-            body["seed"] = seed
+        if wishes.max_tokens is not None:
+            body["max_tokens"] = wishes.max_tokens
+        if wishes.seed is not None:
+            body["seed"] = wishes.seed
         with self._http.stream("POST", "/v1/chat/completions", json=body) as response:
             if response.status_code != 200:
                 response.read()
@@ -313,9 +298,7 @@ class _Cluster:
                     yield from (choice["delta"].get("content") or "" for choice in chunk["choices"])
         raise OmniError("the stream ended before its end")
 
-    def search(
-        self, picture: bytes | None, messages: Sequence[Mapping[str, str]], *, num_beams: int, max_tokens: int | None
-    ) -> str:
+    def search(self, picture: bytes | None, messages: _Messages, *, num_beams: int, max_tokens: int | None) -> str:
         raise InvalidRequest("Beam search needs a local checkpoint; a cluster samples or decodes greedily.")
 
     def _model_name(self) -> str:
@@ -330,7 +313,7 @@ class _Cluster:
         self._http.close()
 
 
-def _openai(picture: bytes | None, messages: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
+def _openai(picture: bytes | None, messages: _Messages) -> list[dict[str, Any]]:
     result: list[dict[str, Any]] = []
     waiting = picture
     for message in messages:

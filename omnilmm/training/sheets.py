@@ -65,14 +65,20 @@ def draw_sheet(papers: Sequence[Paper], report: Report, png: Path, *, columns: i
         axes.set_axis_off()
         entries = [entry for entry in report.answered if entry.paper == paper and _is_shown(entry)][:4]
         for line, entry in enumerate(entries):
-            text = textwrap.fill(f"{entry.exchange.question}  {entry.text}", 58)
+            text = textwrap.fill(f"{entry.exchange.question}  {_plain(entry.text)}", 58)
             colour = "black" if entry.is_right else "crimson"
-            axes.text(0, -0.06 - 0.115 * line, text, transform=axes.transAxes, fontsize=8, va="top", color=colour)
+            place = {"transform": axes.transAxes, "va": "top", "parse_math": False}
+            axes.text(0, -0.06 - 0.115 * line, text, fontsize=8, color=colour, **place)
     figure.savefig(png, dpi=100)
 
 
 def _is_shown(entry: Answered) -> bool:
     return entry.exchange.language is Language.ENGLISH
+
+
+def _plain(text: str) -> str:
+    """What the font can show, whatever the model said."""
+    return "".join(char if char.isascii() and char.isprintable() else "?" for char in text)
 
 
 def _figure(width: float, height: float) -> Any:
