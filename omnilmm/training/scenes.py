@@ -17,7 +17,7 @@ from enum import StrEnum
 SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond", "cross", "ring")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "black", "white")
 SIZES = ("small", "large")
-RADII: Mapping[str, tuple[float, float]] = {"small": (0.062, 0.08), "large": (0.115, 0.155)}
+RADII: Mapping[str, tuple[float, float]] = {"small": (0.075, 0.095), "large": (0.13, 0.17)}
 """From the centre to the rim, as a share of the picture's shorter side."""
 
 CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from conftest import data_uri, wait_until
+from e2e_cluster import data_uri, wait_until
 from PIL import Image
 
 pytestmark = pytest.mark.e2e

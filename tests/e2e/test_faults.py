@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import httpx
 import pytest
 import redis
-from conftest import application, data_uri, model_settings, wait_until
+from e2e_cluster import application, data_uri, model_settings, wait_until
 from PIL import Image
 
 from deployments.redis_server import RedisServer

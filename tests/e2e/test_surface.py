@@ -7,7 +7,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import application, model_settings, wait_until
+from e2e_cluster import application, model_settings, wait_until
 
 from omnilmm.tenancy.keys import new_key
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import disconnect
+from e2e_cluster import disconnect
 
 pytestmark = pytest.mark.e2e
 
