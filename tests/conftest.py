@@ -5,7 +5,11 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded; see cluster/cli.py
+from cluster.cli import PROCESS_ENVIRONMENT
+from cluster.local import RAY_ENVIRONMENT
+
+# Read when torch and ray are loaded, which the first test to need them does.
+os.environ.update(PROCESS_ENVIRONMENT | RAY_ENVIRONMENT)
 
 DATA = Path(__file__).parent / "data"
 

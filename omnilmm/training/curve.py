@@ -53,13 +53,17 @@ def draw_curve(log: Path, png: Path) -> None:
     from matplotlib.figure import Figure
 
     entries = read_log(log)
-    losses = [(entry["step"], entry["loss"]) for entry in entries if "loss" in entry]
     measured = [entry for entry in entries if "accuracy" in entry]
     figure = Figure(figsize=(8, 8 if measured else 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     upper = figure.add_subplot(2 if measured else 1, 1, 1)
-    upper.plot(*zip(*losses, strict=True), linewidth=1) if losses else None
-    upper.set(xlabel="step", ylabel="loss per answer token (nats)", yscale="log")
+    for name, label in (("loss", "per answer token (nats)"), ("grounding", "grounding, per picture (nats)")):
+        points = [(entry["step"], entry[name]) for entry in entries if entry.get(name)]
+        if points:
+            upper.plot(*zip(*points, strict=True), linewidth=1, label=label)
+    upper.set(xlabel="step", ylabel="loss", yscale="log")
+    if upper.has_data():
+        upper.legend()
     upper.grid(alpha=0.3, which="both")
     if measured:
         lower = figure.add_subplot(2, 1, 2)

@@ -77,16 +77,20 @@ class Learner(nn.Module):
         return embeds.index_copy(0, batch.picture_tokens, rows.to(embeds.dtype))
 
     def forward(self, batch: Batch) -> Losses:
+        """The losses of one batch. Where nothing is to be said the language model does not run."""
         batch = moved(batch, self.device)
+        answers = grounding = torch.zeros((), device=self.device)
+        num_right = torch.zeros((), dtype=torch.int64, device=self.device)
         with self.autocast():
             vectors = self.encode(batch.squares) if len(batch.squares) else None
-            hidden = self.language(self.embed(batch, vectors), batch.positions, RowAttend(batch))
-            logits = self.language.logits(hidden.index_select(0, batch.target_tokens))  # (M, vocab) float32
-            answers = functional.cross_entropy(logits, batch.target_ids, reduction="sum")
-            grounding = logits.new_zeros(())
+            if batch.num_targets:
+                hidden = self.language(self.embed(batch, vectors), batch.positions, RowAttend(batch))
+                logits = self.language.logits(hidden.index_select(0, batch.target_tokens))  # (M, vocab) float32
+                answers = functional.cross_entropy(logits, batch.target_ids, reduction="sum")
+                num_right = (logits.detach().argmax(-1) == batch.target_ids).sum()
             if self.grounding is not None and vectors is not None and batch.facts is not None:
                 grounding = self.grounding.loss(vectors, batch.facts)
-        return Losses(answers, grounding, (logits.detach().argmax(-1) == batch.target_ids).sum())
+        return Losses(answers, grounding, num_right)
 
     def learning(self) -> Iterator[tuple[str, str, nn.Parameter]]:
         """(part, name, parameter) of everything that learns, always in the same order."""

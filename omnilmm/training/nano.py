@@ -2,7 +2,7 @@
 
 What makes them small and quick to train on a CPU, all of it within what the formats can say:
 
-- pictures of 112 pixels in 196 patches of 8 pixels (`image_size`, and `patch_size` of the tower's override);
+- pictures of 112 pixels in 64 patches (`image_size` is an official key);
 - a tower of width 128, a language model of width 256, the least two heads of the resampler allow;
 - a tokenizer learned from the scenes' own sentences, in which nearly every word is one token and every digit and
   capital letter another, so that any number and any word can be read out;
@@ -36,7 +36,7 @@ from omnilmm.training.scenes_ask import ask
 from omnilmm.training.scenes_words import chinese_words
 from omnilmm.training.tokenizer import train_tokenizer, write_tokenizer
 
-SIDE, PATCH = 112, 8
+SIDE, PATCH = 112, 14
 VISION_WIDTH, VISION_BLOCKS, VISION_HEADS, VISION_MLP = 128, 4, 4, 384
 HIDDEN, LAYERS, HEADS, MLP = 256, 4, 4, 640
 GRID = 8  # of the resampler's queries

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ class Row:
         """(start, stop, parent of start) of stretches in which every token follows the one before it."""
         breaks = np.flatnonzero(self.parents != np.arange(len(self)) - 1).tolist()
         starts = [0, *(index for index in breaks if index)]
-        for start, stop in zip(starts, [*starts[1:], len(self)], strict=True):
+        for start, stop in pairwise((*starts, len(self)) if len(self) else ()):
             yield start, stop, int(self.parents[start])
 
 
@@ -61,7 +62,7 @@ def make_row(
     sequences: SequenceOf[Sequence], pictures: SequenceOf[np.ndarray] = (), *, facts: np.ndarray | None = None
 ) -> Row:
     """One row from sequences that are all about `pictures`, in that order. The last token of a sequence is only ever
-    a target, so it takes no place unless another sequence goes on behind it.
+    a target, so it takes no place unless another sequence goes on behind it. Without sequences a row only shows.
     """
     children: dict[tuple[int, int], int] = {}
     ids: list[int] = []
@@ -84,13 +85,12 @@ def make_row(
         targets += zip(path[first - 1 :], sequence.ids[first:], strict=True)
         for span in sequence.spans:  # inside a span the tree never branches, so its tokens stand side by side
             spans[path[span.start], span.length, span.image] = None
-    nodes, wanted = zip(*targets, strict=True)
     return Row(
         ids=np.array(ids, np.int64),
         positions=np.array(positions, np.int64),
         parents=np.array(parents, np.int64),
-        target_nodes=np.array(nodes, np.int64),
-        target_ids=np.array(wanted, np.int64),
+        target_nodes=np.array([node for node, _ in targets], np.int64),
+        target_ids=np.array([wanted for _, wanted in targets], np.int64),
         spans=tuple(spans),
         pictures=tuple(pictures),
         facts=facts,

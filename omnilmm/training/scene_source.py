@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from omnilmm.cache.memory import MemoryTier
+from omnilmm.errors import ConfigError
 from omnilmm.image.transform import squash
 from omnilmm.messages import Conversation, ImagePart, TextPart, Turn
 from omnilmm.training.config import ScenesConfig
@@ -36,13 +37,17 @@ class SceneSource:
     ) -> None:
         self._settings, self._maker, self._side, self._scenery = settings, maker, side, scenery
         self.num_facts = len(FACTS) if settings.grounding and num_image_tokens == GRID**2 else 0
+        if settings.sight and not self.num_facts:
+            raise ConfigError(f"To learn by sight a model needs {GRID**2} vectors a picture.", param="scenes.sight")
         self._encoded: MemoryTier[tuple[Sequence, ...]] = MemoryTier(_SEQUENCE_CACHE_BYTES)
 
     def row(self, index: int, done: float) -> Row:
         settings = self._settings
-        level = 1.0 if done >= settings.ramp else round(done / settings.ramp, 2)
+        only_sees, grown = done < settings.sight, done - settings.sight
+        level = round(grown / settings.ramp, 2) if 0 <= grown < settings.ramp else 1.0
         scene = make_scene(Split.TRAIN, settings.seed, index, level=level)
-        talks = ask(scene, Split.TRAIN, settings.seed, index, num=settings.conversations)
+        num = 0 if only_sees else settings.conversations
+        talks = ask(scene, Split.TRAIN, settings.seed, index, num=num)
         picture = draw(scene, self._scenery, side=generator("side", settings.seed, index).choice(SIDES))
         square = np.frombuffer(squash(picture, self._side), np.uint8).reshape(self._side, self._side, 3)
         return make_row(

@@ -118,12 +118,16 @@ def make_scene(split: Split, seed: int, index: int, *, level: float = 1.0) -> Sc
     rng = generator("scene", split, seed, index, round(level, 3))
     layouts = tuple(LAYOUTS)[: max(1, round(level * len(LAYOUTS)))]
     if split is Split.COMBINATIONS:
-        layouts = tuple(name for name in layouts if name != "empty")
+        layouts = tuple(name for name in layouts if name not in ("empty", "writing"))
     layout = rng.choices(layouts, [LAYOUTS[name][0] for name in layouts])[0]
     kinds = LAYOUTS[layout][1](rng, _Pairs(rng, split))
     width = rng.choice((1.0, 1.0, 1.0, 4 / 3, 3 / 4))
     writing = _writing(rng, split) if layout == "writing" else None
     things = _placed(rng, kinds, width, writing)
+    for _ in range(8):
+        if len(things) == len(kinds):
+            break
+        things = max(things, _placed(rng, kinds, width, writing), key=len)
     simple = {"plain": 1.0} if level < 0.3 else TEXTURES
     return Scene(
         things=things,
@@ -232,7 +236,7 @@ def _placed(rng: random.Random, kinds: list[_Kind], width: float, writing: Writi
     for colour, shape, size in sorted(kinds, key=lambda kind: kind[2]):  # large ones first
         radius = rng.uniform(*RADII[size])
         rim_x, rim_y = radius * short / width, radius * short
-        for _ in range(60):
+        for _ in range(40):
             x, y = rng.uniform(rim_x + 0.02, 0.98 - rim_x), rng.uniform(rim_y + 0.02, 0.98 - rim_y)
             thing = Thing(shape, colour, size, x, y, radius, turn=0.0)
             if _is_clear_of_writing(thing, writing, width) and all(_are_apart(thing, b, width) for b in placed):

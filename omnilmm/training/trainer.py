@@ -65,6 +65,7 @@ class Trainer:
         self._display = display or Quiet()
         self._optimiser = Optimiser(learner, config.optimiser)
         self._tally = _Tally()
+        self._speaks = True  # whether anything was to be said in the last step
         self._grounding_weight = config.scenes.grounding if config.scenes is not None else 0.0
 
     @property
@@ -105,7 +106,7 @@ class Trainer:
                 entry = self._entry(rows / (time.monotonic() - begun))
                 log.write(entry)
             self._display.advance(self.step, entry)
-            if self._is_due(config.evaluate_every):
+            if self._is_due(config.evaluate_every) and self._speaks:
                 self._evaluate(log)
             if self._is_due(config.save_every):
                 self._save()
@@ -122,19 +123,20 @@ class Trainer:
         counts = torch.tensor([sum(b.num_targets for b in batches), sum(len(b.squares) for b in batches)])
         counts = counts.double()
         self._workers.add_up([counts])
-        num_targets, num_pictures = counts.tolist()
+        self._speaks = speaks = bool(counts[0])
+        num_targets, num_pictures = (max(1.0, count) for count in counts.tolist())
         sums = torch.zeros(3, dtype=torch.float64)  # answers, grounding, right
         self._optimiser.zero_grad()
         for number, batch in enumerate(batches):
             self._seed_dropout(number)
             losses = self._learner(batch)
             loss = losses.answers / num_targets
-            if self._grounding_weight and num_pictures:
+            if self._grounding_weight:
                 loss = loss + self._grounding_weight * losses.grounding / num_pictures
             loss.backward()
             sums += torch.tensor([losses.answers.item(), losses.grounding.item(), losses.num_right.item()])
-        gradients = [self._gradient(parameter) for _, _, parameter in self._learner.learning()]
-        self._workers.add_up([*gradients])
+        gradients = self._gradients(speaks=speaks)
+        self._workers.add_up(gradients)
         self._workers.add_up([sums])
         answers, grounding, right = sums.tolist()
         if not math.isfinite(answers + grounding):
@@ -145,7 +147,7 @@ class Trainer:
         tally = self._tally
         tally.steps += 1
         tally.loss += answers / num_targets
-        tally.grounding += grounding / max(1.0, num_pictures)
+        tally.grounding += grounding / num_pictures
         tally.right += right / num_targets
         tally.norm += norm
 
@@ -165,12 +167,16 @@ class Trainer:
         key = np.random.SeedSequence((self._config.seed, self.step, number, self._workers.rank))
         torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
 
-    @staticmethod
-    def _gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
-        """Its gradient; zeros for a parameter that no row of this worker reached, as all workers add up the same."""
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-        return parameter.grad
+    def _gradients(self, *, speaks: bool) -> list[torch.Tensor]:
+        """All gradients, the same on every worker: zeros where no row of this one reached a parameter. While nobody
+        says anything what speaks has no gradient anywhere, and is left alone by the optimiser too."""
+        gradients = []
+        for _, _, parameter in self._learner.learning():
+            if parameter.grad is None and speaks:
+                parameter.grad = torch.zeros_like(parameter)
+            if parameter.grad is not None:
+                gradients.append(parameter.grad)
+        return gradients
 
     # -- what is written ------------------------------------------------------------------------------
 

@@ -34,7 +34,8 @@ def app() -> typer.Typer:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    small = {"SIDE": 32, "VISION_WIDTH": 32, "VISION_BLOCKS": 1, "HIDDEN": 128, "LAYERS": 1, "CORPUS_SCENES": 200}
+    sizes = {"SIDE": 32, "PATCH": 8, "VISION_WIDTH": 32, "VISION_BLOCKS": 1, "HIDDEN": 128, "LAYERS": 1}
+    small = sizes | {"CORPUS_SCENES": 200}
     with pytest.MonkeyPatch.context() as patch:
         for name, value in small.items():
             patch.setattr(nano, name, value)

@@ -3,7 +3,6 @@
 import base64
 import json
 import logging
-import os
 import re
 import socket
 import subprocess
@@ -15,8 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
-
-from cluster.local import RAY_ENVIRONMENT
 
 APP = "omnilmm"
 FAMILIES = {"omnilmm-3b": "minicpm-v-tiny", "omnilmm-12b": "omnilmm-12b-tiny"}
@@ -154,7 +151,6 @@ def model_settings(data: Path, name: str) -> dict:
 
 
 def connect(running: Cluster) -> None:
-    os.environ.update(RAY_ENVIRONMENT)
     import ray
 
     address = re.search(r"Ray is up at (\S+)", running.await_line("Ray is up at", 5))

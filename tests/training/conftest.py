@@ -34,8 +34,9 @@ def pico_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[Family, Path]
     """Nano, only smaller: one checkpoint of each family."""
     folders = {}
     with pytest.MonkeyPatch.context() as patch:
-        small = {"SIDE": 32, "VISION_WIDTH": 32, "VISION_BLOCKS": 2, "VISION_MLP": 48, "HIDDEN": 128, "LAYERS": 2}
-        for name, value in {**small, "MLP": 96, "HEADS": 2, "CORPUS_SCENES": 400}.items():
+        tower = {"SIDE": 32, "PATCH": 8, "VISION_WIDTH": 32, "VISION_BLOCKS": 2, "VISION_MLP": 48}
+        language = {"HIDDEN": 128, "LAYERS": 2, "MLP": 96, "HEADS": 2, "CORPUS_SCENES": 400}
+        for name, value in {**tower, **language}.items():
             patch.setattr(nano, name, value)
         for family in FAMILIES:
             folders[family] = tmp_path_factory.mktemp("pico") / family.value

@@ -83,7 +83,7 @@ def test_position_tables_tell_every_place_from_every_other() -> None:
 
 
 def test_the_same_seed_makes_the_same_files(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = {"HIDDEN": 128, "MLP": 32, "LAYERS": 1, "VISION_BLOCKS": 1, "SIDE": 32, "CORPUS_SCENES": 200}
+    small = {"HIDDEN": 128, "MLP": 32, "LAYERS": 1, "VISION_BLOCKS": 1, "SIDE": 32, "PATCH": 8, "CORPUS_SCENES": 200}
     for name, value in small.items():
         monkeypatch.setattr(nano, name, value)
     contents = []

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 from training_cases import row_about, square, talk, write_jsonl
 
 from omnilmm.config import Family
@@ -109,18 +110,20 @@ class Said(Quiet):
 def test_a_nano_begins_from_nothing_and_learns_from_scenes(
     family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = {"SIDE": 32, "VISION_WIDTH": 32, "VISION_BLOCKS": 1, "HIDDEN": 128, "LAYERS": 1, "CORPUS_SCENES": 200}
+    sizes = {"SIDE": 32, "PATCH": 8, "VISION_WIDTH": 32, "VISION_BLOCKS": 1, "HIDDEN": 128, "LAYERS": 1}
+    small = sizes | {"CORPUS_SCENES": 200}
     for name, value in small.items():
         monkeypatch.setattr(nano, name, value)
     monkeypatch.setattr(run, "load_scenery", Scenery)
     values = {
         "output": str(tmp_path / "run"),
         "nano": str(family),
-        "steps": 3,
+        "steps": 4,
         "batch": 2,
         "log_every": 1,
-        "scenes": {"conversations": 3, "held_out": 2, "ramp": 0.5},
-        "evaluate_every": 3,
+        "scenes": {"conversations": 3, "held_out": 2, "sight": 0.5},
+        "evaluate_every": 2,
+        "save_every": 2,
         "device": "cpu",
         "optimiser": {"learning_rate": 2e-3, "muon": True},
     }
@@ -129,7 +132,12 @@ def test_a_nano_begins_from_nothing_and_learns_from_scenes(
     assert written is not None
     load_learner(written, read_model_config(written), learn=())
     entries = read_log(tmp_path / "run" / "log.jsonl")
-    assert entries[2]["loss"] < entries[0]["loss"]
-    assert entries[0]["grounding"] > 0
-    assert "all" in entries[-1]["accuracy"]
-    assert any(line.startswith("step 3: all") for line in said.lines)
+    assert [entry["loss"] > 0 for entry in entries[:4]] == [False, False, True, True]  # first it only looks
+    assert all(entry["grounding"] > 0 for entry in entries[:4])
+    assert entries[3]["loss"] < entries[2]["loss"]
+    state = load_file(tmp_path / "run" / "states" / "step-00000002" / "state.safetensors")
+    start = load_file(tmp_path / "run" / "start" / "model.safetensors")
+    spoken = "model.norm.weight" if family is Family.OMNILMM_12B else "llm.model.norm.weight"
+    assert start[spoken].equal(state["parameter.language.norm.weight"])  # while it only looks, its speech is left alone
+    assert [entry["step"] for entry in entries if "accuracy" in entry] == [4]
+    assert any(line.startswith("step 4: all") for line in said.lines)

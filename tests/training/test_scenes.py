@@ -42,10 +42,8 @@ def test_held_out_pairs_are_not_met(split: Split) -> None:
 
 
 def test_unseen_combinations_have_one_in_every_scene() -> None:
-    with_one = [any(is_held_out(t.colour, t.shape) for t in scene.things) for scene in SCENES[Split.COMBINATIONS]]
-    words_only = [not scene.things for scene in SCENES[Split.COMBINATIONS]]
-    assert all(one or none for one, none in zip(with_one, words_only, strict=True))
-    assert sum(with_one) > 300
+    for scene in SCENES[Split.COMBINATIONS]:
+        assert any(is_held_out(thing.colour, thing.shape) for thing in scene.things)
 
 
 def test_words_of_an_exam_were_never_read_in_training() -> None:
@@ -55,6 +53,7 @@ def test_words_of_an_exam_were_never_read_in_training() -> None:
     real = {*WORDS.split()}
     assert words(Split.TRAIN) - real  # any letters
     assert not any(is_word_held_out(word) for word in words(Split.TRAIN) & real)
+    assert words(Split.TEST)
     assert words(Split.TEST) <= {word for word in real if is_word_held_out(word)}
     assert 15 <= sum(map(is_word_held_out, real)) <= 40
     assert max(map(len, real)) <= 5

@@ -68,6 +68,8 @@ def test_numbers_written_as_1e_4_are_numbers() -> None:
         ({"checkpoint": None}, "checkpoint"),
         ({"scenes": {}}, "jsonl"),
         ({"scenes": {"ramp": 2}, "jsonl": None}, "scenes"),
+        ({"scenes": {"sight": 0.6, "ramp": 0.6}, "jsonl": None}, "scenes"),
+        ({"scenes": {"sight": 0.5, "grounding": 0}, "jsonl": None}, "scenes.sight"),
         ({"output": None}, "output"),
     ],
 )
