@@ -1,5 +1,6 @@
 """Supervised tuning of either family, LoRA, and the synthetic scenes. Made from models/, never seen by what serves.
 
+run          a whole run from its settings: start or resume, train, export
 config       what a run's YAML file says, as frozen records
 records      conversations with pictures from JSONL files
 sequences    a conversation as token ids, with the places of what the assistant says
@@ -9,15 +10,24 @@ sources      where rows come from, and in which order
 learner      the models with their losses, and which of their parameters learn
 lora         low-rank adapters for the fused projections, in peft's file format
 grounding    an additional loss for scenes: what lies where in the picture
-optimise     parameter groups, warm-up and cosine, clipping
-workers      one worker or several
+optimise     AdamW and Muon, warm-up and cosine, clipping
 trainer      the loop
+workers      one worker or several
 state        a run's state on disk, from which it resumes exactly
 export       checkpoints in the official layout
 curve        the run's log, its loss curve, and the bar on the screen
-answers      greedy answers for many questions at once
+answers      greedy answers to many questions at once
 evaluation   loss, accuracy by kind of question and language, shuffled pictures
-tokenizer    a small tokenizer with the official special tokens
-scenes, scenes_draw, scenes_words, scenes_ask, scenes_check   synthetic pictures with questions and answers
-nano         the smallest checkpoints that see
+sheets       what is mistaken for what, and a sheet of scenes with answers
+
+scenes         what is in a synthetic picture, decided by its number
+scenes_draw    the picture itself, and what lies in each of its cells
+scenes_words   names in English and Chinese, and which of them a text uses
+scenes_speech  how questions and answers are put
+scenes_ask     conversations about a scene
+scenes_check   whether an answer is right
+scene_source   rows from scenes
+tokenizer      a small tokenizer with the official special tokens
+nano           the smallest checkpoints that see
+recipes/       how they are trained
 """
