@@ -1,4 +1,4 @@
-"""The `omnilmm` command: serve, chat, keys."""
+"""The `omnilmm` command: serve, chat, keys, convert, and the training commands of `cluster.train`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from cluster.train import eval_nano, merge_adapter, train
 from omnilmm.config import InputHandling
 from omnilmm.errors import OmniError
 
@@ -29,6 +30,9 @@ app = typer.Typer(
 )
 keys = typer.Typer(help="API keys.", no_args_is_help=True)
 app.add_typer(keys, name="keys")
+app.command("train")(train)
+app.command("eval-nano")(eval_nano)
+app.command("merge-adapter")(merge_adapter)
 
 PROCESS_ENVIRONMENT: Mapping[str, str] = {
     # Several processes share the cores. By default their OpenMP threads spin while they wait for each other, which on
@@ -150,6 +154,18 @@ def chat(
                 {"role": "assistant", "content": "".join(pieces).strip()},
                 {"role": "user", "content": question},
             ]
+
+
+@app.command()
+def convert(
+    gguf: Annotated[Path, typer.Argument(help="A GGUF file of a Llama-type text model.", exists=True, dir_okay=False)],
+    folder: Annotated[Path, typer.Argument(help="Where the checkpoint goes; must not hold files.")],
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+) -> None:
+    """Turn a GGUF file into a checkpoint folder that can be served."""
+    from cluster.convert import convert_gguf
+
+    typer.echo(f"wrote {convert_gguf(gguf, folder, dtype=dtype)}")
 
 
 @keys.command("new")

@@ -87,6 +87,8 @@ def _check_statement(source: Source, node: ast.stmt, frozen: frozenset[str]) -> 
             pass
         case ast.Expr(value=ast.Call(func=ast.Attribute(attr="add_typer"))):
             pass  # the one way to put a command under another
+        case ast.Expr(value=ast.Call(func=ast.Call(func=ast.Attribute(attr="command")))):  # a decorator, spelled out
+            pass  # the one way to put a command under another
         case ast.FunctionDef() | ast.AsyncFunctionDef():
             for decorator in node.decorator_list:
                 called = decorator.func if isinstance(decorator, ast.Call) else decorator
@@ -266,6 +268,7 @@ def test_state_and_work_are_found(text: str) -> None:
         "from pydantic import ConfigDict\n"
         "class A:\n    model_config = ConfigDict(frozen=True)\nclass B(A): ...\nDEFAULT = B()",
         "import typer\napp = typer.Typer()\nkeys = typer.Typer()\napp.add_typer(keys, name='keys')",
+        "import typer\nfrom cluster.train import train\napp = typer.Typer()\napp.command('train')(train)",
         "from functools import cached_property\nclass A:\n    @cached_property\n    def f(self): ...",
         "PREFIX = 'a'.encode() + bytes(4)",
         "import re\ndef tidy(x):\n    return re.sub('a', 'b', x.strip())\nTEXT = tidy(' a ')",
