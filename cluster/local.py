@@ -95,12 +95,14 @@ class LocalCluster:
         from ray import serve
 
         if ray.is_initialized():
-            # Ray announces the planned end of its own controller as a failure, on stderr
-            with contextlib.suppress(Exception), contextlib.redirect_stderr(io.StringIO()):
-                serve.shutdown()
-            with contextlib.suppress(Exception):
-                self._stop_redis()
-            ray.shutdown()
+            # Ray announces the planned end of its own controller as a failure, from a thread of its own
+            silence = io.StringIO()
+            with contextlib.redirect_stderr(silence), contextlib.redirect_stdout(silence):
+                with contextlib.suppress(Exception):  # going down must go on, whatever has died before us
+                    serve.shutdown()
+                with contextlib.suppress(Exception):
+                    self._stop_redis()
+                ray.shutdown()
         if self._given_dir is None and self.temp_dir is not None:
             shutil.rmtree(self.temp_dir, ignore_errors=True)
         self._started = False
