@@ -2,6 +2,7 @@
 # make test           install the test tools too and run every test
 # make lint | format  check the code | put it in order
 # make bench          start a server and measure its turns; for one model: ARGS='--model NAME=PATH'
+# make bench-engine   our decode engine beside others, for a text checkpoint: ARGS='--model FOLDER'
 # make install        only install        make clean   remove what the other targets made
 #
 # PYTHON       the interpreter for the virtual environment (3.11 or newer)
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 TORCH := $(shell grep '^torch==' requirements.lock)
 
-.PHONY: serve test lint format bench install clean
+.PHONY: serve test lint format bench bench-engine install clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.serve
@@ -26,6 +27,9 @@ serve: $(VENV)/.serve
 
 bench: $(VENV)/.develop
 	@$(BIN)/python tests/bench/turns.py $(ARGS)
+
+bench-engine: $(VENV)/.develop
+	@$(BIN)/python tests/bench/engine.py $(ARGS)
 
 test: $(VENV)/.develop
 	@$(BIN)/python -m pytest $(ARGS)
