@@ -16,7 +16,7 @@ from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
 from deployments.decoder import DRAIN_S, Decoder
 from deployments.router import Router
-from deployments.settings import DECODE_RESOURCE, VISION_RESOURCE, AppSettings, Autoscaling, Pool
+from deployments.settings import DECODE_RESOURCE, VISION_RESOURCE, AppSettings, Autoscaling, ModelPool, Pool
 from deployments.vision import Vision
 from omnilmm.models.checkpoint import resolve_checkpoint
 from omnilmm.models.config import read_model_config
@@ -38,25 +38,29 @@ def build(args: AppSettings) -> Application:
     for model in args.models:
         folder = resolve_checkpoint(model.path)
         config = read_model_config(folder)
-        decoder = _deployment(Decoder, f"decoder-{model.name}", model.decoder, DECODE_RESOURCE)
+        decoder = _deployment(Decoder, f"decoder-{model.name}", model.decoder, _share(model.decoder, DECODE_RESOURCE))
         routing = RequestRouterConfig(request_router_class=AFFINITY)  # type: ignore[arg-type]  # Ray's hint is off
         pools[model.name] = {"decoder": decoder.options(request_router_config=routing).bind(model, args.cache)}
         fingerprints[model.name] = ""
         if config.vision is not None:
-            vision = _deployment(Vision, f"vision-{model.name}", model.vision, VISION_RESOURCE)
+            vision = _deployment(Vision, f"vision-{model.name}", model.vision, _share(model.vision, VISION_RESOURCE))
             pools[model.name]["vision"] = vision.bind(model, args.cache)
             fingerprints[model.name] = encoder_fingerprint(folder, config)
-    router = _deployment(serve.ingress()(Router), "router", args.router, None)
+    router = _deployment(serve.ingress()(Router), "router", args.router, {})
     return router.bind(args, fingerprints, pools)
 
 
-def _deployment(cls: type, name: str, pool: Pool, resource: str | None) -> serve.Deployment:
+def _share(pool: ModelPool, resource: str) -> dict[str, float]:
+    return {resource: pool.pool_share} if pool.pool_share else {}
+
+
+def _deployment(cls: type, name: str, pool: Pool, resources: dict[str, float]) -> serve.Deployment:
     return serve.deployment(
         name=name,
         ray_actor_options={
             "num_cpus": pool.num_cpus,
             "num_gpus": pool.num_gpus,
-            "resources": {resource: pool.pool_share} if resource and pool.pool_share else {},
+            "resources": resources,
         },
         autoscaling_config=_autoscaling(pool.autoscaling),
         max_ongoing_requests=pool.max_ongoing_requests,

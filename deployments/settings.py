@@ -50,16 +50,21 @@ class Pool(Settings):
     autoscaling: Autoscaling = Autoscaling()
     num_cpus: Annotated[float, Field(ge=0, le=1024)] = 0.1
     num_gpus: Annotated[float, Field(ge=0, le=64)] = 0.0
-    pool_share: Annotated[float, Field(ge=0, le=64)] = 0.01
-    """How much of the pool's custom resource one replica takes; 0 takes none, so any node will do."""
     max_ongoing_requests: Annotated[int, Field(ge=1, le=100_000)] = 256
     max_queued_requests: Annotated[int, Field(ge=1, le=100_000)] = 512
     """Calls that may wait in each caller for a free replica."""
+
+
+class ModelPool(Pool):
+    """A pool whose replicas hold weights."""
+
+    pool_share: Annotated[float, Field(ge=0, le=64)] = 0.01
+    """How much of the pool's custom resource one replica takes; 0 takes none, so any node will do."""
     torch_threads: Annotated[int, Field(ge=0, le=1024)] = 0
     """CPU threads for matrix work; 0 means all cores of the machine."""
 
 
-class VisionPool(Pool):
+class VisionPool(ModelPool):
     max_batch: Annotated[int, Field(ge=1, le=1024)] = 8
     max_queue: Annotated[int, Field(ge=1, le=100_000)] = 256
 
@@ -67,7 +72,7 @@ class VisionPool(Pool):
         return EncoderConfig(max_batch=self.max_batch, max_queue=self.max_queue)
 
 
-class DecoderPool(Pool):
+class DecoderPool(ModelPool):
     num_blocks: Annotated[int, Field(ge=8, le=10_000_000)] = 1024
     """KV blocks a replica keeps; times block_size it is the number of token positions."""
     block_size: Annotated[int, Field(ge=1, le=512)] = 16

@@ -35,6 +35,7 @@ def test_the_checked_in_file_is_valid():
         {"models": [MODEL | {"vision": {"autoscaling": {"min_replicas": 3, "max_replicas": 2}}}]},
         {"models": [MODEL], "cache": {"redis": "http://somewhere"}},
         {"models": [MODEL], "cache": {"timeout_s": 0}},
+        {"models": [MODEL], "router": {"torch_threads": 2}},
         {"models": [MODEL], "keys": [{"tenant": "a", "sha256": "short"}]},
     ],
 )
