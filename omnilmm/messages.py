@@ -149,6 +149,19 @@ class Priority(IntEnum):
     BATCH = 1
 
 
+class GrammarKind(StrEnum):
+    JSON_OBJECT = "json_object"  # any JSON object
+    JSON_SCHEMA = "json_schema"  # JSON that fits a schema
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """A form the answer must have. `source` is the JSON text of the schema, empty for JSON_OBJECT."""
+
+    kind: GrammarKind
+    source: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How the next token is drawn. Defaults are greedy with nothing switched on.
@@ -172,6 +185,7 @@ class Sampling:
     stop_ids: tuple[int, ...] = ()
     min_tokens: int = 0
     logprobs: int | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,11 +272,20 @@ class ImageUsage:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
+    """What one answer took.
+
+    `encode_s` is the vision pool's time for pictures this request had encoded, `decode_s` the time between its first
+    and last token, both in seconds; `embedding_bytes` are the bytes of picture vectors that were moved for it.
+    """
+
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
     image_tokens: int
     images: tuple[ImageUsage, ...] = ()
+    encode_s: float = 0.0
+    decode_s: float = 0.0
+    embedding_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,10 +319,13 @@ class ChatRequest:
     """A validated request for one answer, ready for the flow.
 
     `sampling` fields left None take the model family's own defaults. `stop` are strings cut from the answer.
+    `raw` is a prompt to continue as it stands, text or token ids, in place of a conversation (which is then empty).
     """
 
     request_id: str
     conversation: Conversation
+    raw: str | tuple[int, ...] | None = None
+    grammar: Grammar | None = None
     max_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None

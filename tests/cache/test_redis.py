@@ -259,10 +259,19 @@ async def works(tier: RedisTier, clock: HandClock, embedding: Embedding) -> None
     assert not tier.is_down
 
 
+def kill(server: RedisServer) -> None:
+    """SIGKILL, and wait until the process is gone: its sockets close a moment before, and `start` would find it alive."""
+    os.kill(server.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 10.0
+    while server.is_running:
+        assert time.monotonic() < deadline, "the killed server still runs"
+        time.sleep(0.001)
+
+
 async def test_f10_killed_and_started_again(own_server: RedisServer, make_tier, clock, embedding: Embedding) -> None:
     tier = make_tier(own_server.url, timeout_s=HASTY_S)
     await works(tier, clock, embedding)
-    os.kill(own_server.pid, signal.SIGKILL)
+    kill(own_server)
     await is_a_miss_every_way(tier, clock)
     own_server.start()
     assert await tier.get(OTHER) is None
