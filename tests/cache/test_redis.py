@@ -260,7 +260,7 @@ async def works(tier: RedisTier, clock: HandClock, embedding: Embedding) -> None
 
 
 def kill(server: RedisServer) -> None:
-    """SIGKILL, and wait until the process is gone; its sockets close earlier, when `start` would still find it alive."""
+    """SIGKILL, and wait until the process is gone; its sockets close before that, and `start` would find it alive."""
     os.kill(server.pid, signal.SIGKILL)
     deadline = time.monotonic() + 10.0
     while server.is_running:
