@@ -11,34 +11,42 @@ from collections.abc import Mapping
 from pathlib import Path
 from threading import Event
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from cluster.batch import batch
+from cluster.tenants import tenants, usage
 from cluster.train import eval_nano, merge_adapter, train
 from omnilmm.config import InputHandling
 from omnilmm.errors import OmniError
 
 if TYPE_CHECKING:
     from cluster.local import LocalCluster
-    from deployments.settings import AppSettings
+    from deployments.settings import AppSettings, ModelAppSettings, Settings
 
 app = typer.Typer(
     help="OmniLMM on Ray Serve.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
 keys = typer.Typer(help="API keys.", no_args_is_help=True)
 app.add_typer(keys, name="keys")
+app.add_typer(tenants, name="tenants")
+app.add_typer(batch, name="batch")
+app.command("usage")(usage)
 app.command("train")(train)
 app.command("eval-nano")(eval_nano)
 app.command("merge-adapter")(merge_adapter)
 
 PROCESS_ENVIRONMENT: Mapping[str, str] = {
-    # Several processes share the cores. By default their OpenMP threads spin while they wait for each other, which on
-    # a busy machine makes every one of them many times slower. Read when torch is loaded.
-    "OMP_WAIT_POLICY": "PASSIVE",
+    # Several processes share the cores. By default their OpenMP threads spin for long while they wait for each other,
+    # which on a busy machine makes every one of them tens of times slower. Sleeping at once (OMP_WAIT_POLICY=PASSIVE)
+    # makes a decode step on a quiet machine half as slow again. So they spin for about as long as what a step does
+    # between two parallel loops takes, some 50 us. Read when torch is loaded.
+    "GOMP_SPINCOUNT": "2000",
 }
+SettingsT = TypeVar("SettingsT", bound="Settings")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -91,21 +99,23 @@ def serve(
         console.print(f"[dim]{time.monotonic() - begun:6.1f} s[/]  {line}")
 
     is_demo = not model and config is None
-    settings = (
+    settings, hosted = (
         _settings_from_yaml(config)
         if config is not None
-        else _settings(model or [_demo_model(say)], dtype=dtype, redis=redis, handling=input_handling)
+        else (_settings(model or [_demo_model(say)], dtype=dtype, redis=redis, handling=input_handling), {})
     )
-    cluster = LocalCluster(settings, host=host, port=port, temp_dir=temp_dir, metrics_port=metrics_port)
-    stopping = _catch_signals()
+    cluster = LocalCluster(settings, hosted=hosted, host=host, port=port, temp_dir=temp_dir, metrics_port=metrics_port)
+    changed = _catch_signals()
     try:
         cluster.start(say)
         _await_ready(cluster)
         say(f"[bold green]ready[/] at {cluster.url}")
-        if not settings.keys:
+        if not cluster.has_keys:
             _ask_once(cluster, settings, demo_picture(), console)
         _print_usage(cluster, settings, console, is_demo=is_demo)
-        stopping.wait()
+        while changed.wait():
+            changed.clear()
+            _host_models_again(cluster, config, say)
     except KeyboardInterrupt:
         pass
     finally:
@@ -191,32 +201,56 @@ def _settings(models: list[str], *, dtype: str, redis: str, handling: InputHandl
         if not equals or not name or not path:
             raise typer.BadParameter("--model takes NAME=PATH")
         described.append({"name": name, "path": path, "dtype": dtype, "input_handling": handling})
-    return _validated({"models": described, "cache": {"redis": redis}})
+    from deployments.settings import AppSettings
+
+    return _validated(AppSettings, {"models": described, "cache": {"redis": redis}})
 
 
-def _settings_from_yaml(path: Path) -> AppSettings:
+def _settings_from_yaml(path: Path) -> tuple[AppSettings, dict[str, ModelAppSettings]]:
+    """The router's application, and the models that are applications of their own by the application's name."""
     import yaml
 
+    from deployments.settings import AppSettings, ModelAppSettings
     from omnilmm.errors import ConfigError
 
-    document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    routers: list[AppSettings] = []
+    hosted: dict[str, ModelAppSettings] = {}
     try:
-        (application,) = document["applications"]
-        return _validated(application["args"])
-    except (KeyError, TypeError, ValueError) as error:
-        if isinstance(error, OmniError):
-            raise
-        raise ConfigError(f"{path} must hold exactly one application with args") from None
+        for application in yaml.safe_load(path.read_text(encoding="utf-8"))["applications"]:
+            if application["import_path"] == "deployments.app:build_model":
+                hosted[application["name"]] = _validated(ModelAppSettings, application["args"])
+            else:
+                routers.append(_validated(AppSettings, application["args"]))
+        (router,) = routers
+    except (KeyError, TypeError, ValueError, yaml.YAMLError):
+        raise ConfigError(f"{path} must hold one application of deployments.app:build with args") from None
+    return router, hosted
 
 
-def _validated(args: dict[str, Any]) -> AppSettings:
+def _host_models_again(cluster: LocalCluster, config: Path | None, say: Any) -> None:
+    """After SIGHUP: the models that are applications of their own, as the file now says. The rest needs a restart."""
+    from omnilmm.errors import ConfigError
+
+    try:
+        if config is None:
+            raise ConfigError("there is no --config to read again")
+        settings, hosted = _settings_from_yaml(config)
+        if settings != cluster.settings:
+            say("[yellow]only applications of deployments.app:build_model change without a restart[/]")
+        cluster.host_models(hosted, say)
+    except OmniError as error:
+        say(f"[bold red]nothing more is changed:[/] {error.message}")
+    else:
+        say("models are as the file says")
+
+
+def _validated(kind: type[SettingsT], args: dict[str, Any]) -> SettingsT:
     from pydantic import ValidationError
 
-    from deployments.settings import AppSettings
     from omnilmm.errors import ConfigError
 
     try:
-        return AppSettings.model_validate(args)
+        return kind.model_validate(args)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise ConfigError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
@@ -234,16 +268,20 @@ def _demo_model(say: Any) -> str:
 
 
 def _catch_signals() -> Event:
-    """The first Ctrl-C or SIGTERM interrupts whatever the main thread does, start-up included."""
-    stopping = Event()
+    """The first Ctrl-C or SIGTERM interrupts whatever the main thread does, start-up included.
+
+    The event it returns is set by SIGHUP: the configuration has changed.
+    """
+    changed = Event()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        stopping.set()
         raise KeyboardInterrupt
 
     for number in STOP_SIGNALS:
         signal.signal(number, interrupt)
-    return stopping
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, lambda number, frame: changed.set())
+    return changed
 
 
 def _ignore_signals() -> None:
@@ -296,7 +334,7 @@ def _print_usage(cluster: LocalCluster, settings: AppSettings, console: Console,
         "max_tokens": 32,
         "stream": True,
     }
-    key = "-H 'Authorization: Bearer YOUR_KEY' " if settings.keys else ""
+    key = "-H 'Authorization: Bearer YOUR_KEY' " if cluster.has_keys else ""
     console.print("\nPaste this into another terminal:\n")
     curl = f"curl -sN {cluster.url}/v1/chat/completions"
     console.out(

@@ -20,6 +20,7 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
+import omnilmm
 from cluster.demo_tokenizer import tokenizer_files, train_tokenizer
 from cluster.demo_weights import model_config, model_weights
 from omnilmm.config import Family
@@ -30,6 +31,8 @@ RECIPE = 1
 
 DEMO_NAME = "omnilmm-demo"
 """What the API calls the model when nothing else was asked for."""
+
+NANO_NAME = "omnilmm-nano"
 
 MARKER = "demo.json"
 SHARD_BYTES = 1 << 20
@@ -46,6 +49,12 @@ def demo_checkpoint(family: Family = Family.OMNILMM_12B) -> Path:
         return write_demo_checkpoint(cache / "omnilmm" / f"demo-{family.value}", family)
     except OSError as error:
         raise ConfigError("The cache folder cannot be written; name another in XDG_CACHE_HOME.") from error
+
+
+def nano_checkpoint(family: Family = Family.OMNILMM_3B) -> Path | None:
+    """The trained checkpoint of this family that is shipped with the package; None where there is none."""
+    folder = Path(omnilmm.__file__).parent / "nano" / ("3b" if family is Family.OMNILMM_3B else "12b")
+    return folder if (folder / "model.safetensors").is_file() else None
 
 
 def write_demo_checkpoint(folder: Path, family: Family, *, seed: int = 0) -> Path:

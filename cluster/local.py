@@ -18,10 +18,12 @@ from omnilmm.errors import ConfigError, StartupError
 from omnilmm.tenancy.keys import is_loopback
 
 if TYPE_CHECKING:
-    from deployments.settings import AppSettings
+    from deployments.settings import AppSettings, Model, ModelAppSettings
 
 APP_NAME = "omnilmm"
 READY_TIMEOUT_S = 600.0
+LOGICAL_POOL = 1000.0
+"""How much of each pool's resource this machine claims to have: replicas here share it whatever they book."""
 OBJECT_STORE_BYTES = 200 * 1024**2
 
 Say = Callable[[str], None]
@@ -42,7 +44,8 @@ class LocalCluster:
     """A whole cluster on this machine.
 
     Args:
-        settings: what to serve.
+        settings: the router's application, with the models that belong to it.
+        hosted: models that are applications of their own, by the application's name.
         host: address to listen on; anything but loopback needs API keys in the settings.
         port: TCP port for HTTP.
         temp_dir: where Ray keeps sockets and logs; a private folder that is removed again if not given.
@@ -53,16 +56,19 @@ class LocalCluster:
         self,
         settings: AppSettings,
         *,
+        hosted: Mapping[str, ModelAppSettings] | None = None,
         host: str = "127.0.0.1",
         port: int = 8000,
         temp_dir: Path | None = None,
         metrics_port: int | None = None,
     ) -> None:
         self.settings, self.host, self.port = settings, host, port
+        self.hosted = dict(hosted or {})
         self.metrics_port = metrics_port
         self._given_dir = temp_dir
         self.temp_dir: Path | None = None
         self._started = False
+        self.has_keys = True
 
     @property
     def url(self) -> str:
@@ -77,7 +83,8 @@ class LocalCluster:
             CheckpointError: a model's files cannot be used.
             StartupError: a deployment could not start; the message is what it said.
         """
-        check_address(self.host, self.port, has_keys=bool(self.settings.keys))
+        self.has_keys = _has_keys(self.settings)
+        check_address(self.host, self.port, has_keys=self.has_keys)
         for name, value in RAY_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         self._read_models()
@@ -86,6 +93,27 @@ class LocalCluster:
         self._started = True
         self._start_ray(say)
         self._start_serve(say)
+
+    def host_models(self, wanted: Mapping[str, ModelAppSettings], say: Say) -> None:
+        """Make the hosted applications those `wanted`: start, change and end what differs, and touch nothing else.
+
+        A change is rolling: old replicas serve until new ones do.
+        """
+        from ray import serve
+
+        from deployments.app import build_model
+
+        for name in self.hosted.keys() - wanted.keys():
+            serve.delete(name)
+            say(f"{name}: ended")
+        for name, args in wanted.items():
+            if self.hosted.get(name) != args:
+                serve.run_many(
+                    [serve.RunTarget(build_model(args), name=name, route_prefix=None, logging_config=_json_logs())],
+                    wait_for_applications_running=False,
+                )
+                self._await_running(name, say)
+        self.hosted = dict(wanted)
 
     def stop(self) -> None:
         """End what `start` began, in reverse; safe to call at any point of it, and twice."""
@@ -112,19 +140,21 @@ class LocalCluster:
         from omnilmm.models.checkpoint import resolve_checkpoint
         from omnilmm.models.config import read_model_config
 
-        for model in self.settings.models:
+        for model in self._all_models():
             read_model_config(resolve_checkpoint(model.path))
+
+    def _all_models(self) -> list[Model]:
+        return [*self.settings.models, *(hosted.model for hosted in self.hosted.values())]
 
     def _start_ray(self, say: Say) -> None:
         begun = time.monotonic()
         import ray
 
-        pools = [pool for model in self.settings.models for pool in (model.vision, model.decoder)]
-        replicas = sum(pool.autoscaling.max_replicas for pool in pools)
+        num_pools = 2 * len(self._all_models())
         ray.init(
             address="local",
-            num_cpus=max(os.cpu_count() or 1, 4) + replicas,  # logical: booked by replicas, not burnt
-            resources={"vision_pool": float(replicas), "decode_pool": float(replicas)},
+            num_cpus=max(os.cpu_count() or 1, 4) + num_pools,  # logical: booked by replicas, not burnt
+            resources={"vision_pool": LOGICAL_POOL, "decode_pool": LOGICAL_POOL},
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
@@ -143,34 +173,35 @@ class LocalCluster:
         from deployments.app import build
 
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        json_logs = {"encoding": "JSON", "enable_access_log": False}
-        serve.start(http_options={"host": self.host, "port": self.port}, logging_config=json_logs)
+        serve.start(http_options={"host": self.host, "port": self.port}, logging_config=_json_logs())
         app = build(self.settings)
         say(f"Serve is up, checkpoints are read ({time.monotonic() - begun:.1f} s); starting replicas")
-        target = serve.RunTarget(app, name=APP_NAME, route_prefix="/", logging_config=json_logs)
+        target = serve.RunTarget(app, name=APP_NAME, route_prefix="/", logging_config=_json_logs())
         serve.run_many([target], wait_for_applications_running=False)
-        self._await_running(say)
+        self._await_running(APP_NAME, say)
+        wanted, self.hosted = self.hosted, {}
+        self.host_models(wanted, say)
         say(f"All pools are running ({time.monotonic() - begun:.1f} s)")
 
-    def _await_running(self, say: Say) -> None:
+    def _await_running(self, name: str, say: Say) -> None:
         from ray import serve
 
         deadline = time.monotonic() + READY_TIMEOUT_S
         seen: dict[str, str] = {}
         while time.monotonic() < deadline:
-            app = serve.status().applications[APP_NAME]
-            for name, deployment in app.deployments.items():
-                if deployment.status != seen.get(name):
-                    seen[name] = deployment.status
-                    say(f"  {name}: {deployment.status.value.lower().replace('_', ' ')}")
+            app = serve.status().applications[name]
+            for part, deployment in app.deployments.items():
+                if deployment.status != seen.get(part):
+                    seen[part] = deployment.status
+                    say(f"  {part}: {deployment.status.value.lower().replace('_', ' ')}")
                 if "DEPLOY_FAILED" in deployment.status or "UNHEALTHY" in deployment.status:
-                    raise StartupError(f"{name} could not start: {_last_line(deployment.message)}")
+                    raise StartupError(f"{part} could not start: {_last_line(deployment.message)}")
             if app.status == "RUNNING":
                 return
             if app.status == "DEPLOY_FAILED":
-                raise StartupError(f"the application could not start: {_last_line(app.message)}")
+                raise StartupError(f"the application {name} could not start: {_last_line(app.message)}")
             time.sleep(0.2)
-        raise StartupError(f"the application was not running after {READY_TIMEOUT_S:.0f} s")
+        raise StartupError(f"the application {name} was not running after {READY_TIMEOUT_S:.0f} s")
 
     def _stop_redis(self) -> None:
         import ray
@@ -180,6 +211,18 @@ class LocalCluster:
         actor: Any = ray.get_actor(ACTOR_NAME, namespace=NAMESPACE)
         ray.wait([actor.stop.remote()], timeout=3)
         ray.kill(actor)
+
+
+def _has_keys(settings: AppSettings) -> bool:
+    """Whether requests need a key: one of the configuration, an admin's, or one that was ever made for a tenant."""
+    from omnilmm.database import Database
+    from omnilmm.tenancy.directory import Directory
+
+    database = Database(settings.database_url)
+    try:
+        return bool(settings.keys or settings.admin.keys) or Directory(database).roster().had_keys
+    finally:
+        database.close()
 
 
 def check_address(host: str, port: int, *, has_keys: bool) -> None:
@@ -196,6 +239,10 @@ def check_address(host: str, port: int, *, has_keys: bool) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}") from None
+
+
+def _json_logs() -> dict[str, Any]:
+    return {"encoding": "JSON", "enable_access_log": False}
 
 
 def _short_temp() -> str:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import signal
+import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,20 +26,62 @@ if TYPE_CHECKING:
 def train(
     config: Annotated[Path, typer.Option(help="A YAML file that describes the run.", exists=True, dir_okay=False)],
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the latest state in the output folder.")] = False,
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 for every core.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads of each process; 0 for every core.")] = 0,
+    workers: Annotated[int, typer.Option(min=1, help="Processes on this machine that share the rows of a step.")] = 1,
 ) -> None:
     """Tune a model on conversations with pictures. Ctrl-C saves a state to resume from and stops."""
+    from omnilmm.training.config import read_training_config
+
+    read_training_config(config)  # what is wrong with it is told before anything starts
+    if workers == 1:
+        _train(0, config, resume, threads, 1, "")
+        return
+    with tempfile.TemporaryDirectory() as meeting:
+        _run_together(workers, (config, resume, threads or 1, workers, f"file://{meeting}/place"))
+
+
+def _run_together(workers: int, shared: tuple[Any, ...]) -> None:
+    """Run `_train` in that many processes until all have ended. Ctrl-C reaches them from the terminal, and SIGTERM from
+    here: they agree on a step, save and end."""
+    from torch.multiprocessing.spawn import start_processes
+
+    started = start_processes(_train, args=shared, nprocs=workers, join=False, start_method="spawn")
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for pid in started.pids():
+            os.kill(pid, signal.SIGTERM)
+
+    before = [(signal.SIGINT, signal.signal(signal.SIGINT, signal.SIG_IGN))]
+    before.append((signal.SIGTERM, signal.signal(signal.SIGTERM, pass_on)))
+    try:
+        while not started.join():
+            pass
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+
+
+def _train(  # noqa: PLR0917  torch hands them over by place
+    rank: int, config: Path, resume: bool, threads: int, workers: int, meeting: str
+) -> None:
+    """One worker of the run. `meeting` is the URL under which torch's process group finds together."""
+    from torch import distributed
+
     from omnilmm.models.device import use_threads
     from omnilmm.training.config import read_training_config
-    from omnilmm.training.curve import Bar
+    from omnilmm.training.curve import Bar, Quiet
     from omnilmm.training.run import train as run
 
     settings = read_training_config(config)
     use_threads(threads)
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, quiet=rank > 0)
     asked = _StopAsked()
-    with Bar(settings.steps, console) as bar:
-        written = run(settings, resume=resume, display=bar, should_stop=asked)
+    if workers > 1:
+        distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=workers)
+    with Bar(settings.steps, console) if rank == 0 else nullcontext(Quiet()) as display:
+        written = run(settings, resume=resume, display=display, should_stop=asked)
+    if workers > 1:
+        distributed.destroy_process_group()
     if written is None:
         console.print(f"stopped; go on with: omnilmm train --config {config} --resume")
     else:
@@ -49,7 +94,7 @@ def eval_nano(  # noqa: PLR0917  the parameters of a command are its options
     scenes: Annotated[int, typer.Option(min=2, help="Scenes of each kind of exam.")] = 300,
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 for every core.")] = 0,
     precision: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "bfloat16",
-    out: Annotated[Path | None, typer.Option(help="Folder for report.json, confusion.png and sheet.png.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for report.json, report.md and two pictures.")] = None,
 ) -> None:
     """Ask a model about unseen synthetic scenes and count the right answers, by kind and language.
 
@@ -86,6 +131,7 @@ def eval_nano(  # noqa: PLR0917  the parameters of a command are its options
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "report.json").write_text(json.dumps(_plain(reports, seed, scenes), indent=1) + "\n", encoding="utf-8")
+        (out / "report.md").write_text(_markdown(reports), encoding="utf-8")
         draw_confusion(reports[Split.TEST], out / "confusion.png")
         draw_sheet(papers[Split.TEST], reports[Split.TEST], out / "sheet.png")
 
@@ -135,12 +181,27 @@ def _load(checkpoint: Path, precision: str) -> Learner:
 
 
 def _table(reports: dict[str, Report]) -> Table:
-    table = Table("question", *(f"{name} {language}" for name in reports for language in ("en", "zh")))
+    first, *others = _lines(reports)
+    table = Table(*first)
+    for line in others:
+        table.add_row(*line)
+    return table
+
+
+def _markdown(reports: dict[str, Report]) -> str:
+    first, *others = _lines(reports)
+    lines = [first, ["---", *["---:"] * (len(first) - 1)], *others]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _lines(reports: dict[str, Report]) -> list[list[str]]:
+    """The accuracies by kind of question, the heads of the columns first."""
+    lines = [["question", *(f"{name} {language}" for name in reports for language in ("en", "zh"))]]
     kinds = {kind: None for report in reports.values() for kind in report.kinds()}
     for kind in (*sorted(kinds), None):
         cells = [_percent(score) for report in reports.values() for score in _by_language(report, kind)]
-        table.add_row(str(kind or "all"), *cells)
-    return table
+        lines.append([str(kind or "all"), *cells])
+    return lines
 
 
 def _by_language(report: Report, kind: Any) -> list[Score]:

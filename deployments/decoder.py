@@ -6,32 +6,41 @@ import dataclasses
 import os
 from collections.abc import AsyncGenerator
 
+from deployments.adapters import open_shelf
 from deployments.settings import Cache, Model
 from deployments.stores import open_store
 from deployments.telemetry import ServeObserver
+from omnilmm.engine.grammar import GrammarCompiler
 from omnilmm.errors import ReplicaLost
 from omnilmm.messages import GenerateCall, Prompt, Sampling, TokenBatch
 from omnilmm.models.checkpoint import resolve_checkpoint
 from omnilmm.models.config import read_model_config
 from omnilmm.models.device import pick_device, use_threads
-from omnilmm.models.weights import load_language_model
+from omnilmm.models.packed import load_for_decoding
 from omnilmm.pipeline import LocalDecoder, start_engine
-
-DRAIN_S = 30.0
-"""How long a replica that is being retired may take to finish its streams."""
+from omnilmm.prompt.tokens import load_tokenizer
 
 
 class Decoder:
-    """Generates tokens for every router. Knows nothing of text and sees no pixel."""
+    """Generates tokens for every router. Sees no pixel, and of text only what a grammar needs: how tokens are spelt."""
 
     async def __init__(self, model: Model, cache: Cache) -> None:  # type: ignore[misc]  # Serve awaits it
         folder = resolve_checkpoint(model.path)
         config = read_model_config(folder)
         use_threads(model.decoder.torch_threads)
         observer = ServeObserver()
-        language = load_language_model(folder, config, dtype=model.dtype, device=pick_device(model.device))
+        language = load_for_decoding(
+            folder,
+            config,
+            dtype=model.dtype,
+            weight_dtype=model.decoder.weight_dtype,
+            device=pick_device(model.device),
+        )
         room = model.decoder.engine_config(model.context(config.max_context))
-        self._loop = start_engine(language, room, observer)
+        grammars = GrammarCompiler(load_tokenizer(folder), vocab_size=config.language.vocab_size)
+        self._drain_s = model.decoder.drain_s
+        adapters = None if model.adapters is None else open_shelf(model.adapters, language, config)
+        self._loop = start_engine(language, room, observer, grammars=grammars, adapters=adapters)
         self._store = await open_store(cache, observer)
         self._decoder = LocalDecoder(self._loop, self._store)
         await self._rehearse(config.bos_id)
@@ -58,6 +67,6 @@ class Decoder:
             raise ReplicaLost("The engine loop has stopped.")
 
     async def __del__(self) -> None:
-        await self._loop.drain(DRAIN_S)
+        await self._loop.drain(self._drain_s)
         self._loop.stop()
         await self._store.aclose()

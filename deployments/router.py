@@ -3,29 +3,51 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 from ray.serve.handle import DeploymentHandle
 
+from deployments.adapters import AdapterDecoder, catalog_of
+from deployments.asking import Ledger
 from deployments.handles import ServeDecoder, ServeEncoder, our_errors
+from deployments.hosting import Hosted, find_hosted
 from deployments.http import make_app
+from deployments.limits import ClusterGovernor
+from deployments.metrics_page import Audience, MetricsPage
+from deployments.records import Records
 from deployments.settings import AppSettings, Model
-from deployments.stores import open_keys, open_store
+from deployments.storage import Storage
+from deployments.stores import locate, open_keys, open_store
 from deployments.telemetry import ServeObserver
+from omnilmm.card import ModelCard
 from omnilmm.errors import OmniError
 from omnilmm.flow import ChatFlow, RetryBudget
 from omnilmm.image.pool import DecodePool
+from omnilmm.image.reader import ImageReader
+from omnilmm.image.remote import RemoteFetcher
 from omnilmm.models.checkpoint import resolve_checkpoint
 from omnilmm.models.config import read_model_config
 from omnilmm.pipeline import NoEncoder, SystemClock, read_card
+from omnilmm.ports import Decoder as DecoderPort
+from omnilmm.tenancy.governor import Governor
+from omnilmm.tenancy.tenant import Tenant
 
 PING_TIMEOUT_S = 2.0
 PING_EVERY_S = 1.0
+LOOK_EVERY_S = 2.0
+"""How often a router looks for models of other applications."""
 ROUTER_MEMORY_BYTES = 64 * 1024**2
 """What a router keeps of pictures: mostly what a repeated file shows, and vectors while Redis is away."""
+
+logger = logging.getLogger("ray.serve")
 
 Pools = dict[str, dict[str, DeploymentHandle]]
 
@@ -45,19 +67,67 @@ class Router:
         self.max_body_bytes = settings.router.max_body_bytes
         self.request_timeout_s = settings.router.request_timeout_s
         self.keys = settings.key_book()
+        self.admins = settings.admin.book()
         self.limits = settings.limits.config()
+        remote = settings.remote_images.policy(self.limits)
+        self._records = await Records.open(settings.database_url, self.keys)
+        self.ledger: Ledger = self._records.recorder
+        self.usage_ledger, self.directory = self._records.ledger, self._records.directory
+        self.idempotency = self._records.idempotency
+        self._storage = await Storage.open(
+            self._records.database, settings.files_folder, max_tenant_bytes=settings.files.max_tenant_bytes
+        )
+        self.files, self.desk, self.batch_endpoints = self._storage.files, self._storage.desk, self._storage.endpoints
+        self.max_upload_bytes = settings.files.max_upload_bytes
+        self.images = ImageReader(
+            self.limits, remote=RemoteFetcher(remote) if remote is not None else None, files=self.files
+        )
+        self.governor: Governor = await _govern(settings)
         self.started = int(time.time())
-        self._pools = pools
-        self._observer = ServeObserver()
-        self._store = await open_store(settings.cache, self._observer, memory_bytes=ROUTER_MEMORY_BYTES)
+        self.metrics = MetricsPage(replica=uuid.uuid4().hex[:12])
+        self._observer = Audience([ServeObserver(), self.metrics])
+        memory_bytes = min(ROUTER_MEMORY_BYTES, settings.cache.memory_bytes)  # 0 there means: nothing is remembered
+        self._store = await open_store(settings.cache, self._observer, memory_bytes=memory_bytes)
         self._cache_keys = await open_keys(settings.cache)
         self._preparer = DecodePool(self.limits, num_workers=settings.router.decode_workers)
         await self._preparer.start()
         self._retries = RetryBudget()
         self._pinged = float("-inf")
-        self.flows = {model.name: self._flow(model, fingerprints[model.name]) for model in settings.models}
+        self._own: dict[str, ChatFlow] = {}
+        for model in settings.models:
+            self._own |= self._flows(model, fingerprints[model.name], pools[model.name])
+        self._own_decoders = [handles["decoder"] for handles in pools.values()]
+        self._hosted: dict[str, Hosted] = {}
+        self.flows = dict(self._own)
+        self._storage.start(self, self.keys, self.erase_picture)
+        self._adopting = asyncio.get_running_loop().create_task(self._adopt(), name="models of other applications")
 
-    def _flow(self, model: Model, fingerprint: str) -> ChatFlow:
+    async def _adopt(self) -> None:
+        """Take up models of other applications when they serve, and let go of them when they end."""
+        while True:
+            try:
+                self._offer(await find_hosted(self._hosted))
+            except Exception:  # Serve's controller restarts, say: what is served stays served
+                logger.warning("could not look for models of other applications", exc_info=True)
+            await asyncio.sleep(LOOK_EVERY_S)
+
+    def _offer(self, hosted: dict[str, Hosted]) -> None:
+        """Serve exactly our own models and `hosted`. Answers under way keep the flow they began with."""
+        if hosted == self._hosted:
+            return
+        flows = dict(self._own)
+        for app, other in hosted.items():
+            name = other.model.name
+            if name in flows:
+                logger.error("the application %s serves a model %s, which is served already", app, name)
+            elif other == self._hosted.get(app) and name in self.flows:
+                flows |= {key: flow for key, flow in self.flows.items() if key.partition(":")[0] == name}
+            else:
+                flows |= self._flows(other.model, other.fingerprint, other.pools())
+        self.flows, self._hosted = flows, hosted
+
+    def _flows(self, model: Model, fingerprint: str, pools: Mapping[str, DeploymentHandle]) -> dict[str, ChatFlow]:
+        """The model's own flow and those of its adapters, by the names that clients use."""
         folder = resolve_checkpoint(model.path)
         config = read_model_config(folder)
         card = read_card(
@@ -69,13 +139,22 @@ class Router:
             fingerprint=fingerprint,
             max_context=model.context(config.max_context),
         )
-        pools = self._pools[model.name]
+        decoder = ServeDecoder(pools["decoder"])
+        flows = {model.name: self._flow(card, decoder, pools)}
+        for adapter in () if model.adapters is None else catalog_of(model.adapters).names():
+            owners = model.adapters.tenants.get(adapter) if model.adapters is not None else None
+            named = replace(card, name=f"{model.name}:{adapter}")
+            owned = AdapterDecoder(decoder, adapter, None if owners is None else frozenset(owners))
+            flows[named.name] = self._flow(named, owned, pools)
+        return flows
+
+    def _flow(self, card: ModelCard, decoder: DecoderPort, pools: Mapping[str, DeploymentHandle]) -> ChatFlow:
         return ChatFlow(
             card,
             preparer=self._preparer,
             store=self._store,
             encoder=ServeEncoder(pools["vision"]) if "vision" in pools else NoEncoder(),
-            decoder=ServeDecoder(pools["decoder"]),
+            decoder=decoder,
             keys=self._cache_keys,
             limits=self.limits,
             observer=self._observer,
@@ -83,17 +162,29 @@ class Router:
             retries=self._retries,
         )
 
+    async def erase_picture(self, tenant: Tenant, data: bytes) -> None:
+        """Forget what every model made of a tenant's picture, in every tier.
+
+        Raises:
+            Overloaded: a tier could not be reached.
+        """
+        for flow in self.flows.values():
+            await flow.forget(data, scope=tenant.scope)
+
     def __serve_build_asgi_app__(self) -> FastAPI:
         return make_app(self)
 
     async def is_ready(self) -> bool:
-        """Whether every model's decoder pool answers. A vision pool may be asleep: it wakes when it is needed."""
+        """Whether the decoder pool of every model of our own application answers.
+
+        A vision pool may be asleep: it wakes when it is needed. Models of other applications come and go.
+        """
         if time.monotonic() - self._pinged < PING_EVERY_S:
             return True
         try:
             async with asyncio.timeout(PING_TIMEOUT_S):
                 with our_errors("decoder"):
-                    await asyncio.gather(*(self._ping(pools["decoder"]) for pools in self._pools.values()))
+                    await asyncio.gather(*map(self._ping, self._own_decoders))
         except (TimeoutError, OmniError):
             return False
         self._pinged = time.monotonic()
@@ -106,5 +197,26 @@ class Router:
         return await decoder.ping.remote()
 
     async def __del__(self) -> None:
+        self._adopting.cancel()
+        await self._storage.aclose()
+        await self.images.aclose()
         await self._preparer.close()
         await self._store.aclose()
+        await self.governor.aclose()
+        await self._records.aclose()
+
+
+async def _govern(settings: AppSettings) -> ClusterGovernor:
+    """The tenants' limits, shared by all routers through the cache's Redis."""
+    cache = settings.cache
+    url, _ = await locate(cache)
+    governor = ClusterGovernor(
+        url,
+        clock=SystemClock(),
+        timeout_s=cache.timeout_s,
+        num_routers=settings.router.autoscaling.max_replicas,
+        cache_ttl_s=cache.ttl_s,
+        password_file=None if cache.redis_password_file is None else Path(cache.redis_password_file),
+    )
+    governor.start()
+    return governor

@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from omnilmm.api.files import MAX_UPLOAD_BYTES
 from omnilmm.config import CacheConfig, EncoderConfig, EngineConfig, ImageLimits, InputHandling
 from omnilmm.errors import ConfigError
-from omnilmm.tenancy.keys import KeyBook, KeyRecord, Tenant
+from omnilmm.image.address import AllowList
+from omnilmm.image.remote import RemotePolicy
+from omnilmm.tenancy.keys import AdminKeys, KeyBook, KeyRecord, Tenant
 
 CACHE_SECRET_VARIABLE = "OMNILMM_CACHE_SECRET"  # noqa: S105 - the name of a variable, not a secret
 MIN_SECRET_CHARS = 32
+DATABASE_VARIABLE = "OMNILMM_DATABASE"
 
 VISION_RESOURCE = "vision_pool"
 DECODE_RESOURCE = "decode_pool"
@@ -53,6 +58,8 @@ class Pool(Settings):
     max_ongoing_requests: Annotated[int, Field(ge=1, le=100_000)] = 256
     max_queued_requests: Annotated[int, Field(ge=1, le=100_000)] = 512
     """Calls that may wait in each caller for a free replica."""
+    drain_s: Annotated[float, Field(ge=0, le=3600)] = 30.0
+    """How long a replica that is being retired may take to finish its streams, in seconds."""
 
 
 class ModelPool(Pool):
@@ -79,6 +86,9 @@ class DecoderPool(ModelPool):
     max_step_tokens: Annotated[int, Field(ge=16, le=1_000_000)] = 512
     max_sequences: Annotated[int, Field(ge=1, le=100_000)] = 64
     max_waiting: Annotated[int, Field(ge=1, le=1_000_000)] = 256
+    weight_dtype: Literal["int8"] | None = None
+    """Keep the language model's matrices as 8-bit integers (CPU only): faster for a few sequences at a time, slower
+    for many, and a little less exact. The model's dtype if not given."""
 
     def engine_config(self, max_context: int) -> EngineConfig:
         return EngineConfig(
@@ -89,6 +99,24 @@ class DecoderPool(ModelPool):
             max_waiting=self.max_waiting,
             max_context=max_context,
         )
+
+
+AdapterName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
+
+
+class Adapters(Settings):
+    """Low-rank adapters of a model, in peft's format; clients call them ``model:adapter``. See docs/adapters.md."""
+
+    folder: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
+    """Every sub-folder is an adapter under its own name; a router looks once, when it starts."""
+    paths: Annotated[dict[AdapterName, str], Field(max_length=10_000)] = {}
+    """Adapters elsewhere: name to folder."""
+    tenants: Annotated[dict[AdapterName, list[str]], Field(max_length=10_000)] = {}
+    """Who may use an adapter; one that is not named here is everybody's."""
+    max_loaded: Annotated[int, Field(ge=1, le=1024)] = 8
+    """Adapters in a decoder replica's memory at a time; used or idle."""
+    max_rank: Annotated[int, Field(ge=1, le=512)] = 64
+    """The largest r. Memory for max_loaded adapters of this rank is taken at the start."""
 
 
 class Model(Settings):
@@ -103,6 +131,13 @@ class Model(Settings):
     """Tokens of prompt and answer together; the checkpoint's own limit if not given."""
     vision: VisionPool = VisionPool()
     decoder: DecoderPool = DecoderPool()
+    adapters: Adapters | None = None
+
+    @model_validator(mode="after")
+    def _weights_suit_device(self) -> Model:
+        if self.decoder.weight_dtype is not None and self.device == "cuda":
+            raise ValueError("decoder.weight_dtype int8 is made for CPU only")
+        return self
 
     def context(self, checkpoint_limit: int) -> int:
         """Tokens of prompt and answer together: what the checkpoint, this setting and the KV cache allow."""
@@ -118,9 +153,16 @@ class RouterPool(Pool):
 
 
 class Cache(Settings):
-    """The embedding cache. `redis` is "embedded" (a server of our own on a unix socket), "none", or a URL."""
+    """The embedding cache. `redis` is "embedded" (a server of our own on a unix socket), "none", or a URL.
+
+    Sentinels are named as redis+sentinel://host:port,host:port/service.
+    """
 
     redis: Annotated[str, Field(max_length=1024)] = "embedded"
+    redis_password_file: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
+    """Holds the password of that URL's server, and is read at every new connection: change it there at any time."""
+    encoding: Literal["exact", "int8", "fp8"] = "exact"
+    """How Redis keeps vectors; int8 and fp8 take half the room of bfloat16, and are checked on every picture."""
     embedded_max_bytes: Annotated[int, Field(ge=1024**2, le=2**44)] = 512 * 1024**2
     memory_bytes: Annotated[int, Field(ge=0, le=2**44)] = 256 * 1024**2
     """Vectors kept in each decoder replica's own memory."""
@@ -131,9 +173,15 @@ class Cache(Settings):
     @field_validator("redis")
     @classmethod
     def _known_kind(cls, value: str) -> str:
-        if value in ("embedded", "none") or re.match(r"^(redis|rediss|unix)://", value):
+        if value in ("embedded", "none") or re.match(r"^((redis|rediss)(\+sentinel)?|unix)://", value):
             return value
-        raise ValueError('say "embedded", "none", or a redis://, rediss:// or unix:// URL')
+        raise ValueError('say "embedded", "none", or a redis://, rediss://, redis+sentinel:// or unix:// URL')
+
+    @model_validator(mode="after")
+    def _password_is_for_a_url(self) -> Cache:
+        if self.redis_password_file is not None and self.redis in ("embedded", "none"):
+            raise ValueError("redis_password_file goes with the URL of a Redis of your own")
+        return self
 
     def config(self, url: str | None) -> CacheConfig:
         return CacheConfig(
@@ -167,6 +215,77 @@ class Limits(Settings):
         return ImageLimits(**self.model_dump())
 
 
+Host = Annotated[str, Field(min_length=1, max_length=300)]
+
+
+class RemoteImages(Settings):
+    """Pictures fetched from other servers. Off while no host is named (see omnilmm/image/address.py for the forms)."""
+
+    hosts: Annotated[list[Host], Field(max_length=1024)] = []
+    """Public hosts: a name, "*.name" for those below it, or "*" for all; with ":port" that port, else 80 and 443."""
+    internal_hosts: Annotated[list[Host], Field(max_length=1024)] = []
+    """Hosts that may have private addresses, each by its whole name or address."""
+    allow_http: bool = False
+    max_redirects: Annotated[int, Field(ge=0, le=10)] = 0
+    timeout_s: Annotated[float, Field(gt=0, le=60)] = 10.0
+    """For a picture in all: waiting for a turn, looking the name up, redirects and every byte."""
+    max_per_tenant: Annotated[int, Field(ge=1, le=1024)] = 4
+    """Pictures of one tenant a router fetches at a time."""
+    max_at_once: Annotated[int, Field(ge=1, le=4096)] = 64
+
+    @model_validator(mode="after")
+    def _hosts_are_hosts(self) -> RemoteImages:
+        self._allow_list()
+        return self
+
+    def policy(self, limits: ImageLimits) -> RemotePolicy | None:
+        """None while pictures are not fetched at all."""
+        if not self.hosts and not self.internal_hosts:
+            return None
+        return RemotePolicy(
+            self._allow_list(),
+            allows_http=self.allow_http,
+            max_redirects=self.max_redirects,
+            timeout_s=self.timeout_s,
+            max_bytes=limits.max_file_bytes,
+            max_per_tenant=self.max_per_tenant,
+            max_at_once=self.max_at_once,
+        )
+
+    def _allow_list(self) -> AllowList:
+        return AllowList(tuple(self.hosts), tuple(self.internal_hosts))
+
+
+class Admin(Settings):
+    """Who may change tenants and read everybody's usage over HTTP, under /admin. Without keys: nobody."""
+
+    keys: list[Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")]] = []
+    """SHA-256 of each admin key; `omnilmm keys new` makes one. With any, the server is closed to whoever has no key."""
+    networks: list[str] = ["127.0.0.0/8", "::1/128"]
+    """Addresses and networks they may come from."""
+
+    @model_validator(mode="after")
+    def _can_be_used(self) -> Admin:
+        try:
+            self.book()
+        except ConfigError as error:
+            raise ValueError(error.message) from None
+        return self
+
+    def book(self) -> AdminKeys:
+        return AdminKeys(self.keys, networks=self.networks)
+
+
+class Files(Settings):
+    """Uploaded files and batches."""
+
+    folder: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
+    """Where they lie; every router must see the same folder. If not given: beside a SQLite database, else in this
+    user's state folder."""
+    max_upload_bytes: Annotated[int, Field(ge=1024, le=2**34)] = MAX_UPLOAD_BYTES
+    max_tenant_bytes: Annotated[int, Field(ge=1024, le=2**50)] = 20 * 1024**3
+
+
 class AppSettings(Settings):
     """The whole application: `args` of serve_config.yaml."""
 
@@ -174,7 +293,13 @@ class AppSettings(Settings):
     router: RouterPool = RouterPool()
     cache: Cache = Cache()
     limits: Limits = Limits()
+    remote_images: RemoteImages = RemoteImages()
     keys: list[Key] = []
+    admin: Admin = Admin()
+    files: Files = Files()
+    database: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
+    """Where tenants, usage, files and batches are kept: sqlite:////path or postgresql://user:password@host/name.
+    Routers on several machines need the second. If not given: $OMNILMM_DATABASE, else a file of this user."""
 
     @model_validator(mode="after")
     def _names_differ(self) -> AppSettings:
@@ -183,8 +308,20 @@ class AppSettings(Settings):
             raise ValueError("two models have the same name")
         return self
 
+    @property
+    def database_url(self) -> str:
+        return self.database or default_database()
+
+    @property
+    def files_folder(self) -> Path:
+        if self.files.folder is not None:
+            return Path(self.files.folder)
+        database = self.database_url
+        beside = database.startswith("sqlite:///")
+        return (Path(database.removeprefix("sqlite:///")).parent if beside else _state_folder()) / "storage"
+
     def key_book(self) -> KeyBook:
-        return KeyBook(
+        records = (
             KeyRecord(
                 key.sha256,
                 Tenant(
@@ -196,6 +333,23 @@ class AppSettings(Settings):
             )
             for key in self.keys
         )
+        return KeyBook(records, is_managed=bool(self.admin.keys))
+
+
+class ModelAppSettings(Settings):
+    """One model as an application of its own: `args` of `deployments.app:build_model`. `cache` as the router's."""
+
+    model: Model
+    cache: Cache = Cache()
+
+
+def default_database() -> str:
+    """The database of a server that was told of none: what the environment says, else a file in this user's state."""
+    return os.environ.get(DATABASE_VARIABLE) or f"sqlite:///{_state_folder() / 'omnilmm.db'}"
+
+
+def _state_folder() -> Path:
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state").absolute() / "omnilmm"
 
 
 def cache_secret() -> bytes:

@@ -9,21 +9,29 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
 
 from deployments.redis_server import RedisServer
 from deployments.settings import Cache, cache_secret
+from omnilmm.cache.encoding import Encoding
+from omnilmm.cache.gate import is_fit, rehearsal_pictures
 from omnilmm.cache.key import KeyRing
+from omnilmm.cache.redis import TIER as REDIS_TIER
 from omnilmm.cache.store import TieredStore
 from omnilmm.cache.store import open_store as open_tiers
-from omnilmm.errors import ConfigError
-from omnilmm.observe import Observer
+from omnilmm.errors import ConfigError, OmniError
+from omnilmm.messages import Embedding, PreparedImage
+from omnilmm.observe import CacheAsked, Observer
 from omnilmm.pipeline import SystemClock
 
 NAMESPACE = "omnilmm"
 ACTOR_NAME = "embedded-redis"
+
+Encode = Callable[[Sequence[PreparedImage]], list[Embedding | OmniError]]
 
 logger = logging.getLogger("ray.serve")
 
@@ -69,7 +77,43 @@ async def open_store(cache: Cache, observer: Observer, *, memory_bytes: int | No
     config = cache.config(url)
     if memory_bytes is not None:
         config = config.resolve(memory_bytes=memory_bytes)
-    return open_tiers(config, secret=secret, observer=observer, clock=SystemClock())
+    return open_tiers(
+        config,
+        secret=secret,
+        observer=observer,
+        clock=SystemClock(),
+        encoding=Encoding(cache.encoding),
+        password_file=password_file(cache),
+    )
+
+
+async def open_encoder_store(cache: Cache, observer: Observer, encode: Encode, side: int) -> TieredStore:
+    """The store of a process that encodes: without a memory, since it never reads what it wrote.
+
+    A lossy encoding is tried on what this encoder makes of a few pictures first. If it does not fit, this store keeps
+    exact numbers, which every reader takes; it is logged, and counted as "refused".
+
+    Args:
+        cache: the settings.
+        observer: is told of every key asked for.
+        encode: the encoder's own synchronous core.
+        side: of the square it takes, in pixels.
+    """
+    encoding = Encoding(cache.encoding)
+    if (
+        cache.redis != "none"
+        and encoding is not Encoding.EXACT
+        and not is_fit(encoding, encode(rehearsal_pictures(side)))
+    ):
+        logger.warning("cache.encoding: %s does not fit this encoder's vectors; they are kept exact", encoding)
+        observer.emit(CacheAsked(REDIS_TIER, "refused"))
+        cache = cache.model_copy(update={"encoding": Encoding.EXACT.value})
+    return await open_store(cache, observer, memory_bytes=0)
+
+
+def password_file(cache: Cache) -> Path | None:
+    """Where the password of the operator's Redis stands, if in a file."""
+    return None if cache.redis_password_file is None else Path(cache.redis_password_file)
 
 
 async def open_keys(cache: Cache) -> KeyRing:

@@ -6,7 +6,7 @@ import dataclasses
 import os
 
 from deployments.settings import Cache, Model
-from deployments.stores import open_store
+from deployments.stores import open_encoder_store
 from deployments.telemetry import ServeObserver
 from omnilmm.encoder.encode import VisionEncoder
 from omnilmm.encoder.loop import EncoderLoop
@@ -33,7 +33,7 @@ class Vision:
         blank = bytes(3 * policy.side * policy.side)
         core.encode([PreparedImage(PixelIdentity(b"", policy.side, policy.side), policy.side, blank)])  # rehearse
         observer = ServeObserver()
-        self._store = await open_store(cache, observer, memory_bytes=0)  # it never reads what it wrote
+        self._store = await open_encoder_store(cache, observer, core.encode, policy.side)
         self._loop = EncoderLoop(core, model.vision.encoder_config(), observer)
         self._loop.start()
         self._encoder = LocalEncoder(self._loop, self._store)

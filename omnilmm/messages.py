@@ -240,6 +240,7 @@ class Prefill:
     num_cached_tokens: int
     kv_images: tuple[int, ...]  # indices into GenerateCall.images found entirely in the KV cache
     queue_s: float
+    fetched_bytes: int = 0  # of picture vectors that the decoder took from the store
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,8 +275,9 @@ class ImageUsage:
 class Usage:
     """What one answer took.
 
-    `encode_s` is the vision pool's time for pictures this request had encoded, `decode_s` the time between its first
-    and last token, both in seconds; `embedding_bytes` are the bytes of picture vectors that were moved for it.
+    `encode_s` is the vision pool's time for pictures this request had encoded, waiting there included; `decode_s` is
+    the time between the first and the last token; both in seconds. `embedding_bytes` are the bytes of picture vectors
+    that reached a decoder for it, by value or from the store.
     """
 
     prompt_tokens: int

@@ -63,7 +63,8 @@ class PrefillDone:
 
 @dataclass(frozen=True, slots=True)
 class CacheAsked:
-    """One key was looked for in one tier ("memory" or "redis"): outcome "hit", "miss", "bad" or "error"."""
+    """One key was looked for in one tier ("memory" or "redis"): outcome "hit", "miss", "bad", "error" or
+    "refused" (a lossy encoding did not fit the vectors)."""
 
     tier: str
     outcome: str

@@ -6,20 +6,24 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
+from contextlib import aclosing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from omnilmm.cache.key import KeyRing
 from omnilmm.cache.store import TieredStore, open_store
+from omnilmm.card import ModelCard
 from omnilmm.config import CacheConfig, EncoderConfig, EngineConfig, ImageLimits, InputHandling
 from omnilmm.encoder.encode import VisionEncoder
 from omnilmm.encoder.loop import EncoderLoop
 from omnilmm.engine.engine import Engine
+from omnilmm.engine.grammar import GrammarCompiler
 from omnilmm.engine.loop import EngineLoop
 from omnilmm.engine.runner import ModelRunner
-from omnilmm.flow import ChatFlow, ModelCard
+from omnilmm.engine.shelf import AdapterShelf
+from omnilmm.flow import ChatFlow
 from omnilmm.image.pool import InlinePreparer
 from omnilmm.messages import (
     ChatRequest,
@@ -33,17 +37,20 @@ from omnilmm.messages import (
     PreparedImage,
     TokenBatch,
 )
+from omnilmm.models.adapters import AdapterPool
 from omnilmm.models.beam import beam_search
 from omnilmm.models.checkpoint import resolve_checkpoint
 from omnilmm.models.config import ModelConfig, read_model_config
 from omnilmm.models.decoder import LanguageModel
 from omnilmm.models.device import pick_device
 from omnilmm.models.merge import merge_pictures
-from omnilmm.models.weights import encoder_fingerprint, load_encoder, load_language_model
+from omnilmm.models.packed import WeightDtype, load_for_decoding
+from omnilmm.models.weights import encoder_fingerprint, load_encoder
 from omnilmm.observe import Observer, Silent
-from omnilmm.ports import EmbeddingStore
+from omnilmm.ports import EmbeddingStore, Flight, Lease
 from omnilmm.prompt.detokenize import answer_text
 from omnilmm.prompt.template import load_template
+from omnilmm.retries import Deadline
 
 SEARCH_TIMEOUT_S = 300.0
 
@@ -69,11 +76,11 @@ class LocalEncoder:
         embedding = await self._loop.encode(picture, timeout_s=timeout_s)
         seconds = time.monotonic() - begun
         if by_value:  # the caller does not trust the store: do not let it wait for one
-            put = asyncio.get_running_loop().create_task(self._store.put(key, embedding))
+            put = asyncio.get_running_loop().create_task(self._store.put(key, embedding, seconds=seconds))
             self._puts.add(put)
             put.add_done_callback(self._puts.discard)
             return Encoded(embedding, stored=False, seconds=seconds)
-        stored = await self._store.put(key, embedding)
+        stored = await self._store.put(key, embedding, seconds=seconds)
         return Encoded(None if stored else embedding, stored=stored, seconds=seconds)
 
 
@@ -84,8 +91,36 @@ class LocalDecoder:
         self._loop = loop
         self._store = store
 
-    def generate(self, call: GenerateCall, *, affinity: str) -> AsyncGenerator[TokenBatch, None]:
-        return self._loop.generate(call, fetch=self._store.get)
+    async def generate(self, call: GenerateCall, *, affinity: str) -> AsyncGenerator[TokenBatch, None]:
+        deadline = Deadline(SystemClock(), call.timeout_s)
+        fetched_bytes = 0
+
+        async def fetch(key: str) -> Embedding | None:
+            nonlocal fetched_bytes
+            embedding = await self._find(key, deadline)
+            fetched_bytes += 0 if embedding is None else len(embedding.data)
+            return embedding
+
+        async with aclosing(self._loop.generate(call, fetch=fetch)) as batches:
+            async for batch in batches:
+                if batch.prefill is not None:
+                    batch = replace(batch, prefill=replace(batch.prefill, fetched_bytes=fetched_bytes))  # noqa: PLW2901
+                yield batch
+
+    async def _find(self, key: str, deadline: Deadline) -> Embedding | None:
+        """The vectors from the store; if somebody is making them, wait for those. None if nobody has or makes them."""
+        embedding = await self._store.get(key)
+        if embedding is not None or not self._store.is_shared:
+            return embedding
+        answer = (await self._store.lookup([key]))[key]
+        if isinstance(answer, Lease):  # nobody makes them, and a decoder cannot
+            await answer.abandon()
+            return None
+        if isinstance(answer, Flight):
+            encoded = await answer.wait(deadline.remaining())
+            if encoded is None or encoded.embedding is not None:
+                return encoded.embedding if encoded else None
+        return await self._store.get(key)
 
 
 def read_card(
@@ -112,9 +147,21 @@ def read_card(
     )
 
 
-def start_engine(model: LanguageModel, config: EngineConfig, observer: Observer) -> EngineLoop:
-    """An engine loop over a loaded language model, started. The caller stops it."""
-    loop = EngineLoop(Engine(ModelRunner(model, config), config), observer=observer)
+def start_engine(
+    model: LanguageModel,
+    config: EngineConfig,
+    observer: Observer,
+    *,
+    grammars: GrammarCompiler | None = None,
+    adapters: tuple[AdapterShelf, AdapterPool] | None = None,
+) -> EngineLoop:
+    """An engine loop over a loaded language model, started. The caller stops it.
+
+    Without `grammars`, calls with a grammar are refused; without `adapters`, calls with one.
+    """
+    shelf, pool = adapters or (None, None)
+    engine = Engine(ModelRunner(model, config, adapters=pool), config)
+    loop = EngineLoop(engine, grammars=grammars, adapters=shelf, observer=observer)
     loop.start()
     return loop
 
@@ -142,6 +189,7 @@ class Pipeline:
         *,
         name: str | None = None,
         dtype: str = "bfloat16",
+        weight_dtype: WeightDtype | None = None,
         device: str = "auto",
         input_handling: InputHandling = InputHandling.SAFE,
         engine: EngineConfig | None = None,
@@ -150,10 +198,12 @@ class Pipeline:
         observer: Observer | None = None,
         progress: Progress | None = None,
     ) -> Pipeline:
-        """Load a checkpoint folder or hub id and start its loops.
+        """Load a checkpoint folder or hub id and start its loops. `weight_dtype` is that of the language model's
+        matrices, if not `dtype`.
 
         Raises:
             CheckpointError: what is wrong with the files, by name.
+            ConfigError: the device does not have the dtype asked for.
         """
         observer = observer or Silent()
         folder = resolve_checkpoint(path_or_hub_id)
@@ -178,8 +228,11 @@ class Pipeline:
             tower = load_encoder(folder, config, dtype=dtype, device=pick_device(device), progress=progress)
             vision = EncoderLoop(VisionEncoder(tower, card.policy), EncoderConfig(), observer)
             vision.start()
-        language = load_language_model(folder, config, dtype=dtype, device=pick_device(device), progress=progress)
-        loop = start_engine(language, engine, observer)
+        language = load_for_decoding(
+            folder, config, dtype=dtype, weight_dtype=weight_dtype, device=pick_device(device), progress=progress
+        )
+        grammars = GrammarCompiler(card.template.tokenizer, vocab_size=card.vocab_size)
+        loop = start_engine(language, engine, observer, grammars=grammars)
         limits = limits or ImageLimits()
         preparer = InlinePreparer(limits)
         flow = ChatFlow(

@@ -66,7 +66,7 @@ class Hit:
 
 @runtime_checkable
 class Lease(Protocol):
-    """We are the one who encodes this key. Exactly one of the two methods must be called."""
+    """We are the one who encodes this key. One of the two methods must be called; the first call counts."""
 
     async def resolve(self, encoded: Encoded) -> None:
         """Tell everyone who waits."""
@@ -103,8 +103,8 @@ class EmbeddingStore(Protocol):
 
     async def get(self, key: str) -> Embedding | None: ...
 
-    async def put(self, key: str, embedding: Embedding) -> bool:
-        """True if other processes can now find it."""
+    async def put(self, key: str, embedding: Embedding, *, seconds: float = 0.0) -> bool:
+        """True if other processes can now find it. `seconds` is what it took to make, which makes it worth keeping."""
         ...
 
     async def get_identity(self, alias: str) -> PixelIdentity | None:
@@ -112,6 +112,10 @@ class EmbeddingStore(Protocol):
         ...
 
     async def put_identity(self, alias: str, identity: PixelIdentity) -> None: ...
+
+    async def erase(self, names: Sequence[str]) -> bool:
+        """Forget keys and aliases in every tier; false if one could not be reached."""
+        ...
 
 
 class Tokenizer(Protocol):

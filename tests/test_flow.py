@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import io
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from PIL import Image
@@ -11,7 +12,7 @@ from PIL import Image
 from omnilmm.cache.key import KeyRing
 from omnilmm.cache.store import open_store
 from omnilmm.config import CacheConfig, Family, ImageLimits, ImagePolicy, InputHandling
-from omnilmm.errors import ContextLengthExceeded, DeadlineExceeded, ImageError, OmniError, ReplicaLost
+from omnilmm.errors import ContextLengthExceeded, DeadlineExceeded, ImageError, InvalidRequest, OmniError, ReplicaLost
 from omnilmm.flow import CLIENT_LEFT, ChatFlow, ModelCard, RetryBudget
 from omnilmm.image.pool import InlinePreparer
 from omnilmm.messages import (
@@ -22,6 +23,8 @@ from omnilmm.messages import (
     Encoded,
     Finished,
     FinishReason,
+    Grammar,
+    GrammarKind,
     ImagePart,
     ImageSource,
     Prefill,
@@ -30,8 +33,9 @@ from omnilmm.messages import (
     Turn,
 )
 from omnilmm.observe import ImageResolved, RequestFinished, Retried
-from omnilmm.pipeline import SystemClock
+from omnilmm.pipeline import LocalDecoder, SystemClock
 from omnilmm.prompt.template import load_template
+from omnilmm.retries import Deadline, Retries
 
 SECRET = b"a secret of thirty-two bytes.... "
 ANSWER = (549, 374, 649, 539, 710)
@@ -75,24 +79,30 @@ class FakeEncoder:
 
 
 class FakeDecoder:
-    """Emits ANSWER one token a batch, going on from `emitted`. `scripts` are run first, one per call."""
+    """Emits ANSWER one token a batch, going on from `emitted`. It is lost at the position that `scripts` says for the
+    call, and looks for vectors as the real one does, but for the pictures in `kv`."""
 
     def __init__(self, store):
-        self.store = store
+        self.find = partial(LocalDecoder(None, store)._find, deadline=Deadline(SystemClock(), 60.0))
         self.calls = []
+        self.entered = asyncio.Event()
         self.scripts = []
         self.num_closed = 0
         self.kv = ()
 
     async def generate(self, call, *, affinity):
         self.calls.append((call, affinity))
+        self.entered.set()
         script = self.scripts.pop(0) if self.scripts else None
         try:
-            missing = [i.key for i in call.images if i.embedding is None and await self.store.get(i.key) is None]
+            lacking = [image for i, image in enumerate(call.images) if image.embedding is None and i not in self.kv]
+            found = {key: await self.find(key) for key in dict.fromkeys(image.key for image in lacking)}
+            missing = tuple(key for key, embedding in found.items() if embedding is None)
             if missing:
-                yield TokenBatch(missing=tuple(missing))
+                yield TokenBatch(missing=missing)
                 return
-            prefill = Prefill(len(call.prompt.ids), 3, self.kv, 0.0)
+            fetched = sum(len(embedding.data) for embedding in found.values())
+            prefill = Prefill(len(call.prompt.ids), 3, self.kv, 0.0, fetched)
             for position in range(len(call.emitted), len(ANSWER)):
                 if script is not None and position == script:
                     raise ReplicaLost("gone")
@@ -283,7 +293,7 @@ async def test_a_decoder_lost_mid_stream_is_resumed_without_a_seam(house, lost_a
     house.decoder.scripts = [lost_at]
     text, finished = await house.answer(ask("Hello?", seed=7))
     assert text == whole
-    assert finished.usage == undisturbed.usage
+    assert replace(finished.usage, decode_s=0.0) == replace(undisturbed.usage, decode_s=0.0)
     first, second = house.decoder.calls[1][0], house.decoder.calls[2][0]
     assert second.emitted == ANSWER[:lost_at]
     assert second.sampling == first.sampling
@@ -294,16 +304,27 @@ async def test_retries_end(house):
     house.decoder.scripts = [1, 2, 3]
     with pytest.raises(ReplicaLost):
         await house.answer(ask("Hello?"))
-    assert len(house.decoder.calls) == house.flow.max_attempts
+    assert len(house.decoder.calls) == Retries.max_attempts
 
 
 async def test_retries_stop_when_the_budget_is_spent(house):
     while house.retries.try_withdraw():
         pass
-    house.decoder.scripts = [1]
+    house.decoder.scripts = [0]
     with pytest.raises(ReplicaLost):
         await house.answer(ask("Hello?"))
     assert len(house.decoder.calls) == 1
+
+
+async def test_streams_that_had_begun_are_resumed_when_retries_are_spent(house):
+    """As many as a decoder holds: they all go down with it at one blow."""
+    while house.retries.try_withdraw():
+        pass
+    num_streams = int(Retries.resume_reserve)
+    house.decoder.scripts = [1, None] * num_streams
+    await asyncio.gather(*(house.answer(ask("Hello?")) for _ in range(num_streams)))
+    assert len(house.decoder.calls) == 2 * num_streams
+    assert len(house.notes.of(Retried)) == num_streams
 
 
 def test_the_retry_budget_refills_by_a_tenth():
@@ -391,3 +412,196 @@ async def test_affinity_follows_the_opening_of_a_conversation_or_its_session(hou
     assert one == two
     assert len({one, other, session}) == 3
     assert session == same_session
+
+
+# -- the decoder is asked before the picture is encoded -----------------------------------------------
+
+
+LATER = (Turn("user", (TextPart("Hello?"),)), Turn("assistant", (TextPart("Yes."),)))
+
+
+def ask_later(*pictures, **changes):
+    """A second turn that brings pictures."""
+    parts = tuple(ImagePart(picture, f"part[{i}]") for i, picture in enumerate(pictures))
+    last = Turn("user", (*parts, TextPart("What?")))
+    return ChatRequest("r", Conversation((*LATER, last)), max_tokens=8, **changes)
+
+
+async def test_a_later_turn_reaches_the_decoder_while_its_picture_is_encoded(house):
+    house.encoder.gate.clear()
+    asking = asyncio.create_task(house.answer(ask_later(RED)))
+    await house.encoder.entered.wait()
+    await house.decoder.entered.wait()
+    house.encoder.gate.set()
+    _, finished = await asking
+    assert sources(finished) == [ImageSource.ENCODED]
+    assert (len(house.encoder.calls), len(house.decoder.calls)) == (1, 1), "one call each: it waited for the flight"
+    assert finished.usage.embedding_bytes == 4
+
+
+@pytest.mark.parametrize(("num_words", "begins"), [(5, False), (150, True)])
+async def test_a_first_turn_does_so_if_a_long_text_comes_before_its_picture(card, num_words, begins):
+    house = House(replace(card, max_context=700))
+    house.encoder.gate.clear()
+    turns = (Turn("user", (TextPart("word " * num_words),)), Turn("user", (ImagePart(RED, "p"), TextPart("What?"))))
+    asking = asyncio.create_task(house.answer(ChatRequest("r", Conversation(turns), max_tokens=8)))
+    await house.encoder.entered.wait()
+    if begins:
+        await house.decoder.entered.wait()
+    assert house.decoder.entered.is_set() == begins
+    house.encoder.gate.set()
+    _, finished = await asking
+    assert sources(finished) == [ImageSource.ENCODED]
+    await house.store.aclose()
+
+
+async def test_kv_answers_a_later_turn_that_the_store_has_forgotten(house):
+    """The vectors are made again, for others, but nobody waits for them."""
+    house.encoder.gate.clear()
+    house.decoder.kv = (0,)
+    _, finished = await house.answer(ask_later(RED))
+    assert sources(finished) == [ImageSource.KV]
+    assert finished.usage.embedding_bytes == 0
+    house.store.check_integrity()
+
+
+async def test_a_picture_that_fails_while_the_decoder_waits_fails_the_request(house):
+    house.encoder.failures = [OmniError("this picture")]
+    house.encoder.gate.clear()
+    with pytest.raises(OmniError, match="this picture"):
+        await house.answer(ask_later(RED))
+    assert house.decoder.num_closed == len(house.decoder.calls)
+    house.encoder.gate.set()
+    _, finished = await house.answer(ask_later(RED))
+    assert sources(finished) == [ImageSource.ENCODED]
+
+
+async def test_vectors_the_store_refused_follow_by_value(house):
+    house.encoder.keeps = False
+    _, finished = await house.answer(ask_later(RED))
+    assert sources(finished) == [ImageSource.ENCODED]
+    assert len(house.encoder.calls) == 1
+    assert finished.usage.embedding_bytes == 4
+
+
+async def test_without_a_shared_store_the_decoder_is_not_asked_too_early(card):
+    house = House(card, sole=False)
+    house.encoder.gate.clear()
+    asking = asyncio.create_task(house.answer(ask_later(RED)))
+    await house.encoder.entered.wait()
+    assert not house.decoder.entered.is_set()
+    house.encoder.gate.set()
+    await asking
+    assert len(house.decoder.calls) == 1
+    await house.store.aclose()
+
+
+async def test_a_decoder_lost_while_it_waits_for_a_picture_is_replaced(house):
+    house.decoder.scripts = [0]
+    _, finished = await house.answer(ask_later(RED))
+    assert sources(finished) == [ImageSource.ENCODED]
+    assert (len(house.encoder.calls), len(house.decoder.calls)) == (1, 2)
+
+
+async def test_the_pictures_of_a_request_are_encoded_side_by_side(card):
+    """So that they spread over the replicas of the vision pool."""
+    house = House(replace(card, max_context=700))
+    house.encoder.gate.clear()
+    asking = asyncio.create_task(house.answer(ask(*(png((i, 0, 0)) for i in range(4)), "Compare.")))
+    while len(house.encoder.calls) < 4:
+        await asyncio.sleep(0.001)
+        assert not asking.done()
+    house.encoder.gate.set()
+    _, finished = await asking
+    assert sources(finished) == [ImageSource.ENCODED] * 4
+    assert finished.usage.encode_s == pytest.approx(0.04)
+    await house.store.aclose()
+
+
+# -- what an answer took ------------------------------------------------------------------------------
+
+
+async def test_usage_tells_what_was_encoded_and_moved(house):
+    _, first = await house.answer(ask(RED, RED, "Same?"))
+    assert first.usage.encode_s == pytest.approx(0.01)
+    assert first.usage.embedding_bytes == 4, "one picture, be it shown twice"
+    assert first.usage.decode_s >= 0.0
+    _, other = await house.answer(ask(RED, "Another conversation?"))
+    assert (other.usage.encode_s, other.usage.embedding_bytes) == (0.0, 4)
+    house.decoder.kv = (0,)
+    _, turn_two = await house.answer(ask(RED, "Another conversation?"))
+    assert (turn_two.usage.encode_s, turn_two.usage.embedding_bytes) == (0.0, 0)
+
+
+async def test_usage_counts_each_token_once_and_every_byte_however_often_a_decoder_is_lost(house):
+    house.decoder.scripts = [2, 4]
+    _, finished = await house.answer(ask(RED, "What?"))
+    assert finished.usage.completion_tokens == len(ANSWER)
+    assert finished.usage.embedding_bytes == 3 * 4, "three replicas fetched them"
+
+
+async def test_retries_of_a_storm_are_few(card):
+    """Every decoder call is lost: a tenth of the requests, and what was saved up, are tried again."""
+    house = House(card)
+    for _ in range(200):
+        await house.answer(ask("Hello?"))
+    house.decoder.calls.clear()
+    num_requests = 200
+    house.decoder.scripts = [0] * 1000
+    for _ in range(num_requests):
+        with pytest.raises(ReplicaLost):
+            await house.answer(ask("Hello?"))
+    assert num_requests < len(house.decoder.calls) <= 1.2 * num_requests
+    house.decoder.scripts = []
+    await house.answer(ask("Hello?"))
+    await house.store.aclose()
+
+
+# -- raw prompts, forms, counting ---------------------------------------------------------------------
+
+
+async def test_a_raw_text_goes_to_the_model_as_it_stands(house, card):
+    text = "Once upon <image> a time"
+    await house.answer(ChatRequest("r", Conversation(()), raw=text, max_tokens=8))
+    prompt = house.decoder.calls[0][0].prompt
+    tokenizer = card.template.tokenizer
+    assert prompt.ids == (tokenizer.bos_id, *tokenizer.encode_parsed(text))
+    assert tokenizer.special_ids["<image>"] in prompt.ids
+    assert (prompt.spans, prompt.penalty_ids) == ((), prompt.ids)
+
+
+async def test_raw_ids_are_taken_as_they_are(house):
+    await house.answer(ChatRequest("r", Conversation(()), raw=(5, 1, 5), max_tokens=8))
+    prompt = house.decoder.calls[0][0].prompt
+    assert (prompt.ids, prompt.penalty_ids) == ((5, 1, 5), (5, 1, 5))
+
+
+@pytest.mark.parametrize("raw", [(), (5, 820), (-1,), "a \ud800 b", (7,) * 201, "word " * 10_000, (7,) * 195])
+async def test_raw_prompts_that_cannot_be_are_refused(house, raw):
+    with pytest.raises(InvalidRequest) as refusal:
+        await house.answer(ChatRequest("r", Conversation(()), raw=raw, max_tokens=8))
+    assert refusal.value.param == "prompt"
+    assert house.decoder.calls == []
+
+
+async def test_raw_prompts_with_one_opening_meet_one_decoder(house):
+    for raw in ((3,) * 64 + (4,), (3,) * 64 + (5,), (3,) * 63 + (4,)):
+        await house.answer(ChatRequest("r", Conversation(()), raw=raw, max_tokens=8))
+    one, same, other = (affinity for _, affinity in house.decoder.calls)
+    assert one == same != other
+
+
+async def test_the_form_and_the_adapter_reach_the_decoder(house):
+    form = Grammar(GrammarKind.JSON_OBJECT)
+    await house.answer(ask("Hello?", grammar=form, adapter="a"))
+    call = house.decoder.calls[0][0]
+    assert (call.sampling.grammar, call.adapter) == (form, "a")
+
+
+async def test_a_prompt_can_be_counted_without_being_answered(house):
+    counted = house.flow.count(ask(RED, "What?"))
+    await house.answer(ask(RED, "What?"))
+    assert counted == house.decoder.calls[0][0].prompt
+    assert len(house.decoder.calls) == 1
+    with pytest.raises(ContextLengthExceeded):
+        house.flow.count(ask("word " * 1000))

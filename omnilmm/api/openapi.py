@@ -6,56 +6,167 @@ FastAPI's). Every schema is whole in its place, without references, because Fast
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 
+from omnilmm.api.completion_requests import CompletionRequest
+from omnilmm.api.completion_responses import Completion
 from omnilmm.api.requests import ChatCompletionRequest
-from omnilmm.api.responses import ChatCompletion, ErrorBody, ModelList
+from omnilmm.api.response_objects import ResponseObject
+from omnilmm.api.response_requests import ResponsesRequest
+from omnilmm.api.responses import ChatCompletion, ErrorBody, ModelList, ModelObject
 from omnilmm.api.sse import MEDIA_TYPE
+from omnilmm.api.tokens import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
 
 _JSON = "application/json"
 
-_ERRORS: Mapping[int, str] = {
-    400: "A field or a picture is wrong; `param` and `code` say which and why",
-    401: "No API key, or not one of ours",
-    403: "The key may not do this",
-    404: "Unknown model",
-    413: "The body or a picture file is too large",
-    415: "The body is not plain application/json",
-    429: "The tenant is over a limit of its own",
-    500: "A fault of the server",
-    503: "No room; try again after the time in Retry-After",
-    504: "The request ran out of time",
-}
+_ERRORS: Mapping[int, str] = MappingProxyType(
+    {
+        400: "A field or a picture is wrong; `param` and `code` say which and why",
+        401: "No API key, or not one of ours",
+        403: "The key may not do this",
+        404: "Unknown model or file",
+        405: "There is something here, for another method",
+        413: "The body or a picture file is too large",
+        415: "The body is not plain application/json",
+        429: "The tenant is over a limit of its own",
+        500: "A fault of the server",
+        503: "No room; try again after the time in Retry-After",
+        504: "The request ran out of time",
+    }
+)
+_LOOKING_UP = (401, 403, 429, 500, 503)
+_POSTING = (400, 401, 403, 404, 413, 415, 429, 500, 503)
 
 
 def chat_completions_operation() -> dict[str, Any]:
     """``POST /v1/chat/completions``."""
-    return {
-        "requestBody": {
-            "required": True,
-            "content": {_JSON: {"schema": _inline(ChatCompletionRequest.model_json_schema())}},
-        },
-        "responses": {
-            "200": {
-                "description": "The answer, whole or as a stream of `chat.completion.chunk` events ending in [DONE]",
-                "content": {_JSON: {"schema": _schema(ChatCompletion)}, MEDIA_TYPE: {"schema": {"type": "string"}}},
-            },
-            **_errors(*_ERRORS),
-        },
+    told = "The answer, whole or as a stream of `chat.completion.chunk` events ending in [DONE]"
+    return _answering("Answer a conversation", ChatCompletionRequest, told, ChatCompletion)
+
+
+def completions_operation() -> dict[str, Any]:
+    """``POST /v1/completions``."""
+    told = "The texts, whole or as a stream of `text_completion` events ending in [DONE]"
+    return _answering("Go on with a prompt", CompletionRequest, told, Completion)
+
+
+def responses_operation() -> dict[str, Any]:
+    """``POST /v1/responses``."""
+    told = "The response, whole or as a stream of `response.*` events"
+    return _answering("Answer, in the dialect of responses", ResponsesRequest, told, ResponseObject)
+
+
+ANSWERING: Mapping[str, Callable[[], dict[str, Any]]] = MappingProxyType(
+    {
+        "/v1/chat/completions": chat_completions_operation,
+        "/v1/completions": completions_operation,
+        "/v1/responses": responses_operation,
     }
+)
 
 
 def models_operation() -> dict[str, Any]:
     """``GET /v1/models``."""
+    return _looking_up("List the models the key may use", "The models", _schema(ModelList), *_LOOKING_UP)
+
+
+def model_operation() -> dict[str, Any]:
+    """``GET /v1/models/{model}``."""
+    return _looking_up("Describe a model", "The model", _schema(ModelObject), 404, *_LOOKING_UP)
+
+
+def tokenize_operation() -> dict[str, Any]:
+    """``POST /tokenize``."""
     return {
-        "responses": {
-            "200": {"description": "The models served", "content": {_JSON: {"schema": _schema(ModelList)}}},
-            **_errors(401, 403, 429, 500, 503),
-        }
+        **_looking_up("Count and list the tokens of a prompt", "The tokens", _schema(Tokenized), *_POSTING),
+        **_body(TokenizeRequest),
     }
+
+
+def detokenize_operation() -> dict[str, Any]:
+    """``POST /detokenize``."""
+    return {
+        **_looking_up("Spell tokens as text", "The text", _schema(Detokenized), *_POSTING),
+        **_body(DetokenizeRequest),
+    }
+
+
+def health_operation(*statuses: int) -> dict[str, Any]:
+    """``GET /health`` and ``GET /ready``: open routes, with a `status` and nothing else."""
+    schema = {
+        "type": "object",
+        "properties": {"status": {"type": "string"}},
+        "required": ["status"],
+        "additionalProperties": False,
+    }
+    content = {_JSON: {"schema": schema}}
+    return {
+        "summary": "Whether the server lives, or is ready",
+        "security": [],
+        "responses": {str(status): {"description": "The state", "content": content} for status in statuses},
+    }
+
+
+def metrics_operation() -> dict[str, Any]:
+    """``GET /metrics``."""
+    text = {"text/plain": {"schema": {"type": "string"}}}
+    return {
+        "summary": "Counters of the router that answers, for the operator",
+        "responses": {
+            "200": {"description": "Prometheus text format", "content": text},
+            **_errors(401, 403, 500, 503),
+        },
+    }
+
+
+def complete(document: dict[str, Any]) -> dict[str, Any]:
+    """The document FastAPI made, without what is not true of us: its own way to refuse parameters."""
+    for operations in document.get("paths", {}).values():
+        for operation in operations.values():
+            if "HTTPValidationError" in json.dumps(operation.get("responses", {}).get("422", "")):
+                del operation["responses"]["422"]
+    components = document.setdefault("components", {})
+    for name in ("HTTPValidationError", "ValidationError"):
+        components.get("schemas", {}).pop(name, None)
+    components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    document["security"] = [{"key": []}]
+    return document
+
+
+def _answering(summary: str, request: type[BaseModel], told: str, answer: type) -> dict[str, Any]:
+    content = {_JSON: {"schema": _schema(answer)}, MEDIA_TYPE: {"schema": _event()}}
+    return {
+        "summary": summary,
+        **_body(request),
+        "responses": {"200": {"description": told, "content": content}, **_errors(*_POSTING, 504)},
+    }
+
+
+def _event() -> dict[str, Any]:
+    """One server-sent event."""
+    return {
+        "type": "object",
+        "properties": {
+            "event": {"type": "string"},
+            "data": {"type": "string", "description": "JSON, or [DONE]", "contentMediaType": _JSON},
+        },
+        "required": ["data"],
+    }
+
+
+def _looking_up(summary: str, told: str, schema: dict[str, Any], *statuses: int) -> dict[str, Any]:
+    responses = {"200": {"description": told, "content": {_JSON: {"schema": schema}}}, **_errors(*statuses)}
+    return {"summary": summary, "responses": responses}
+
+
+def _body(request: type[BaseModel]) -> dict[str, Any]:
+    schema = _inline(request.model_json_schema())
+    return {"requestBody": {"required": True, "content": {_JSON: {"schema": schema}}}}
 
 
 def _errors(*statuses: int) -> dict[str, Any]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from omnilmm.api.params import Path, spell
@@ -19,6 +19,8 @@ from omnilmm.errors import ContextLengthExceeded, InvalidRequest
 
 Unions = frozenset[tuple[str, ...]]
 """Locations after which pydantic adds the tag of the chosen union member. "*" stands for an array position."""
+
+M = TypeVar("M", bound=BaseModel)
 
 OWN_CODES = frozenset({"invalid_value", "unsupported_value"})
 """Types of the PydanticCustomErrors our models raise: the code itself. Their messages continue "'param' ..."."""
@@ -78,6 +80,18 @@ class _Fault:
     is_name: bool  # the name of a member is wrong, not its value
 
 
+def validate(kind: type[M], document: Mapping[str, object], unions: Unions) -> M:
+    """The document as a model of this kind. `unions` are those of the model.
+
+    Raises:
+        InvalidRequest: with the `code` OpenAI uses and the exact place as `param`.
+    """
+    try:
+        return kind.model_validate(document)
+    except ValidationError as error:
+        raise refusal(error, document, unions) from None
+
+
 def refusal(error: ValidationError, document: object, unions: Unions) -> InvalidRequest:
     """The error to send for a document a model did not take. `document` is what was validated."""
     faults = [_fault(detail, unions) for detail in error.errors(include_url=False, include_input=False)]
@@ -85,11 +99,19 @@ def refusal(error: ValidationError, document: object, unions: Unions) -> Invalid
     first = min(faults, key=lambda fault: _order(fault.path, document, ranks))
     param = spell(first.path[:-1] if first.is_name else first.path)
     place = f"'{param}'" if param else "The body"
-    if first.kind == "string_too_long" and first.path[0] == "messages" and first.path[-1] in ("content", "text"):
+    if first.kind == "string_too_long" and _is_read(first.path):
         words = "is longer than {max_length} characters, which no model here can read".format(**first.limits)
         return ContextLengthExceeded(f"{place} {words}.", param=param)
     code, words = _describe(first, _look_up(document, first.path))
     return InvalidRequest(f"{place} {words}.", param=param, code=code)
+
+
+def _is_read(path: Path) -> bool:
+    """Whether the text there is for the model to read."""
+    root = path[0]
+    if root in ("messages", "input"):
+        return path[-1] in ("content", "text", "input")
+    return root in ("prompt", "instructions")
 
 
 def _fault(detail: ErrorDetails, unions: Unions) -> _Fault:
@@ -164,8 +186,10 @@ def _rule(fault: _Fault, value: object) -> str:
             rule = "name_too_long" if rule == "string_too_long" else "name_mismatch"
         case "too_long" if isinstance(value, dict):
             rule = "object_too_long"
-        case "too_short" if fault.path[-1] in ("messages", "content"):
-            rule = f"no_{fault.path[-1]}"
+        case "too_short" if fault.path[-1] in ("messages", "input"):
+            rule = "no_messages"
+        case "too_short" if fault.path[-1] == "content":
+            rule = "no_content"
         case "literal_error" | "union_tag_invalid" if isinstance(value, str):
             rule = "choice"
         case "union_tag_not_found" if value is _ABSENT:

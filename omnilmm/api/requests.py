@@ -1,129 +1,100 @@
 """The body of ``POST /v1/chat/completions``: OpenAI's fields, vLLM's extras, and a bound on every one of them.
 
-Rules that are ours to choose:
+Beside the rules of every route (`omnilmm.api.fields`):
 
-- Every field that is accepted is obeyed. A field we do not have is `unknown_parameter`; a value of a field we do have
-  that we cannot obey (`n` of 2, `store` of true, a JSON `response_format`) is `unsupported_value`.
-- null for an optional field means that it was left out.
-- No coercion: true is not 1, "3" is not 3, 1.0 is not an integer. An integer is a fine decimal number.
-- A number outside its range is `integer_...` or `decimal_above_max_value` / `..._below_min_value`.
 - `developer` is another name for `system`. Pictures stand in user messages only. `refusal`, `audio`, `tool_calls`
   and `function_call` of an assistant message may be null, because answers sent back to us carry them so.
-- `detail` of a picture is accepted and changes nothing: in these models a picture costs the same at every detail.
-- `user` and `metadata` travel with the request and change nothing about the answer.
-- `seed` is not negative. `top_k` of 0 or -1 means off.
-- A text beyond MAX_TEXT_CHARS is `context_length_exceeded`: no model here reads that far, and nothing is tokenised
-  to find out.
+- A picture is an `image_url` part, whose URL may also be the id of an uploaded file, or a `file` part with a `file_id`.
+- `n` answers to one prompt have seeds of their own, derived from `seed`: the first is the answer `n` of 1 would give.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
-    Tag,
-    ValidationError,
-    model_validator,
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from omnilmm.api.fields import (
+    MAX_CHOICES,
+    Caller,
+    Detail,
+    FileId,
+    Files,
+    NumTokens,
+    NumTop,
+    Only,
+    SamplingFields,
+    StreamOptions,
+    Strict,
+    Text,
+    disagreement,
+    shape,
 )
-from pydantic_core import CoreSchema, PydanticCustomError, core_schema
-
-from omnilmm.api.refusals import refusal
-from omnilmm.api.strict_json import MAX_BODY_BYTES, MAX_MEMBERS, parse_json
-from omnilmm.config import ImageLimits
-from omnilmm.errors import InvalidRequest
+from omnilmm.api.formats import ResponseFormat
+from omnilmm.api.refusals import validate
+from omnilmm.api.rendering import ChatRendering
+from omnilmm.api.responses import Heading
+from omnilmm.api.strict_json import MAX_BODY_BYTES, parse_json
 from omnilmm.messages import ChatRequest, Conversation, ImagePart, Role, TextPart, Turn
 
 MAX_MESSAGES = 2048
 MAX_PARTS = 256
-MAX_TEXT_CHARS = 1 << 20
-MAX_TOKENS = 1 << 20
-MAX_TOKEN_ID = 999_999
-MAX_SEED = 2**63 - 1
-
-ReadImage = Callable[[str, str], bytes]
-"""(url, param) to the bytes of the file; raises ImageError with that param."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Only:
-    """Of all values of the right type, those we can obey. The JSON schema shows them as an enum."""
-
-    values: tuple[Any, ...]
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_after_validator_function(self._check, handler(source))
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {**handler(schema), "enum": list(self.values)}
-
-    def _check(self, value: Any) -> Any:
-        if value not in self.values:
-            supported = " or ".join(json.dumps(value) for value in self.values)
-            raise PydanticCustomError("unsupported_value", "can only be {supported} here", {"supported": supported})
-        return value
-
-
-def _shape(value: object) -> str | None:
-    """Tag of a field that is a string or an array."""
-    return "string" if isinstance(value, str) else "array" if isinstance(value, (list, tuple)) else None
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-
-# -- messages -----------------------------------------------------------------------------------------
-
-Text = Annotated[str, Field(max_length=MAX_TEXT_CHARS)]
-
-
-class TextContent(_Strict):
+class TextContent(Strict):
     type: Literal["text"]
     text: Text
 
 
-class ImageUrl(_Strict):
+class ImageUrl(Strict):
     url: Annotated[str, Field(max_length=MAX_BODY_BYTES)]  # the image room judges it; it cannot outgrow the body
-    detail: Literal["auto", "low", "high"] | None = None
+    detail: Detail | None = None
 
 
-class ImageContent(_Strict):
+class ImageContent(Strict):
     type: Literal["image_url"]
     image_url: ImageUrl
 
+    def reference(self) -> tuple[str, str]:
+        return self.image_url.url, "image_url.url"
 
-UserPart = Annotated[TextContent | ImageContent, Discriminator("type")]
+
+class FileObject(Strict):
+    file_id: FileId
+
+
+class FileContent(Strict):
+    type: Literal["file"]
+    file: FileObject
+
+    def reference(self) -> tuple[str, str]:
+        return self.file.file_id, "file.file_id"
+
+
+UserPart = Annotated[TextContent | ImageContent | FileContent, Discriminator("type")]
 UserParts = Annotated[tuple[UserPart, ...], Field(strict=False, min_length=1, max_length=MAX_PARTS, fail_fast=True)]
 TextParts = Annotated[tuple[TextContent, ...], Field(strict=False, min_length=1, max_length=MAX_PARTS, fail_fast=True)]
-UserWords = Annotated[Annotated[Text, Tag("string")] | Annotated[UserParts, Tag("array")], Discriminator(_shape)]
-Words = Annotated[Annotated[Text, Tag("string")] | Annotated[TextParts, Tag("array")], Discriminator(_shape)]
+UserWords = Annotated[Annotated[Text, Tag("string")] | Annotated[UserParts, Tag("array")], Discriminator(shape)]
+Words = Annotated[Annotated[Text, Tag("string")] | Annotated[TextParts, Tag("array")], Discriminator(shape)]
 
 
-class SystemMessage(_Strict):
+class SystemMessage(Strict):
     role: Literal["system"]
     content: Words
 
 
-class DeveloperMessage(_Strict):
+class DeveloperMessage(Strict):
     role: Literal["developer"]
     content: Words
 
 
-class UserMessage(_Strict):
+class UserMessage(Strict):
     role: Literal["user"]
     content: UserWords
 
 
-class AssistantMessage(_Strict):
+class AssistantMessage(Strict):
     role: Literal["assistant"]
     content: Words
     refusal: None = None
@@ -133,81 +104,40 @@ class AssistantMessage(_Strict):
 
 
 Message = Annotated[SystemMessage | DeveloperMessage | UserMessage | AssistantMessage, Discriminator("role")]
-
-
-# -- the request --------------------------------------------------------------------------------------
-
-
-class StreamOptions(_Strict):
-    include_usage: bool | None = None
-
-
-class ResponseFormat(_Strict):
-    type: Annotated[Literal["text", "json_object", "json_schema"], _Only(("text",))]
-
-
-StopString = Annotated[str, Field(min_length=1, max_length=256)]
-StopStrings = Annotated[tuple[StopString, ...], Field(strict=False, max_length=4)]
-Stop = Annotated[Annotated[StopString, Tag("string")] | Annotated[StopStrings, Tag("array")], Discriminator(_shape)]
-TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
-TokenIdText = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,5})$", max_length=6)]
-Bias = Annotated[float, Field(ge=-100, le=100)]
-NumTokens = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
+Messages = Annotated[tuple[Message, ...], Field(strict=False, min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 Modality = Literal["text", "audio"]
-ServiceTier = Literal["auto", "default", "flex", "scale", "priority", "fast"]
+
+MESSAGE_UNIONS = frozenset(
+    {
+        ("messages", "*"),
+        *(("messages", "*", role, "content") for role in ("system", "developer", "user", "assistant")),
+        ("messages", "*", "user", "content", "array", "*"),
+    }
+)
+UNIONS = MESSAGE_UNIONS | {("stop",), ("response_format",)}
 
 
-class ChatCompletionRequest(_Strict):
-    model: Annotated[str, Field(min_length=1, max_length=256)]
-    messages: Annotated[tuple[Message, ...], Field(strict=False, min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+class ChatCompletionRequest(SamplingFields):
+    messages: Messages
     max_tokens: NumTokens | None = None
     max_completion_tokens: NumTokens | None = None
-    min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
-    ignore_eos: bool | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=MAX_TOKEN_ID)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.1, le=10)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: (
-        Annotated[
-            dict[TokenIdText, Bias], Field(max_length=MAX_MEMBERS, json_schema_extra={"additionalProperties": False})
-        ]
-        | None
-    ) = None
-    seed: Annotated[int, Field(ge=0, le=MAX_SEED)] | None = None
-    stop: Stop | None = None
-    stop_token_ids: Annotated[tuple[TokenId, ...], Field(strict=False, max_length=64)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    n: Annotated[int, Field(ge=1, le=128), _Only((1,))] | None = None
-    stream: bool | None = None
+    top_logprobs: NumTop | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
-    modalities: Annotated[tuple[Modality, ...], Field(strict=False, max_length=2), _Only((("text",),))] | None = None
-    service_tier: Annotated[ServiceTier, _Only(("auto", "default"))] | None = None
-    store: Annotated[bool, _Only((False,))] | None = None
-    user: Annotated[str, Field(max_length=256)] | None = None
-    metadata: (
-        Annotated[
-            dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
-        ]
-        | None
-    ) = None
+    modalities: Annotated[tuple[Modality, ...], Field(strict=False, max_length=2), Only((("text",),))] | None = None
+    store: Annotated[bool, Only((False,))] | None = None
 
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
-        limit = self.token_limit
         if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise _disagreement("max_tokens", "cannot be given together with 'max_completion_tokens'")
-        if self.min_tokens is not None and limit is not None and self.min_tokens > limit:
-            raise _disagreement("min_tokens", "is more than the largest number of tokens asked for")
+            raise disagreement("max_tokens", "cannot be given together with 'max_completion_tokens'")
+        self.check_min_tokens(self.token_limit)
         if self.top_logprobs is not None and not self.logprobs:
-            raise _disagreement("top_logprobs", "needs 'logprobs' to be true")
+            raise disagreement("top_logprobs", "needs 'logprobs' to be true")
         if self.stream_options is not None and not self.stream:
-            raise _disagreement("stream_options", "needs 'stream' to be true")
+            raise disagreement("stream_options", "needs 'stream' to be true")
         return self
 
     @property
@@ -219,26 +149,34 @@ class ChatCompletionRequest(_Strict):
         """The client asked for the usage at the end of the stream."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
+    @property
+    def num_choices(self) -> int:
+        return self.n or 1
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return bool(self.logprobs)
+
     def pictures(self) -> Iterator[tuple[str, str]]:
-        """(url, param) of every picture, in order of appearance. No two have the same param."""
-        for i, message in enumerate(self.messages):
-            for j, part in enumerate(message.content if isinstance(message.content, tuple) else ()):
-                if isinstance(part, ImageContent):
-                    yield part.image_url.url, f"messages[{i}].content[{j}].image_url.url"
+        """(URL or file id, param) of every picture, in order of appearance. No two have the same param."""
+        return message_pictures(self.messages)
 
+    def to_requests(self, caller: Caller, files: Files) -> tuple[ChatRequest, ...]:
+        """One prompt, so one request. `files` has the bytes of every picture of `pictures()` by param."""
+        conversation = message_conversation(self.messages, files)
+        grammar = self.response_format.grammar() if self.response_format is not None else None
+        logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        one = self.request(
+            caller, conversation=conversation, grammar=grammar, max_tokens=self.token_limit, logprobs=logprobs
+        )
+        return (one,)
 
-UNIONS = frozenset(
-    {
-        ("stop",),
-        ("messages", "*"),
-        *(("messages", "*", role, "content") for role in ("system", "developer", "user", "assistant")),
-        ("messages", "*", "user", "content", "array", "*"),
-    }
-)
+    def rendering(self, heading: Heading) -> ChatRendering:
+        return ChatRendering(heading, self.num_choices, self.include_usage)
 
-
-def _disagreement(param: str, words: str) -> PydanticCustomError:
-    return PydanticCustomError("invalid_value", words, {"param": param})
+    def place(self, param: str | None) -> str | None:
+        """The field an error of the flow is about; the flow speaks of chat completions, so it is the same."""
+        return param
 
 
 def parse_chat_request(body: bytes) -> ChatCompletionRequest:
@@ -248,73 +186,31 @@ def parse_chat_request(body: bytes) -> ChatCompletionRequest:
         InvalidRequest: with the `code` OpenAI uses and the exact place as `param`.
         PayloadTooLarge: the body is over MAX_BODY_BYTES.
     """
-    document = parse_json(body)
-    try:
-        return ChatCompletionRequest.model_validate(document)
-    except ValidationError as error:
-        raise refusal(error, document, UNIONS) from None
+    return validate(ChatCompletionRequest, parse_json(body), UNIONS)
 
 
 # -- on to the flow -----------------------------------------------------------------------------------
 
 
-def to_chat_request(
-    parsed: ChatCompletionRequest,
-    *,
-    request_id: str,
-    read_image: ReadImage,
-    limits: ImageLimits,
-    tenant: str = "default",
-    scope: str = "default",
-    timeout_s: float = 300.0,
-) -> ChatRequest:
-    """The request as the flow takes it, pictures read.
-
-    Pictures that must be awaited (a download, a stored file) can be fetched beforehand from `parsed.pictures()`;
-    `read_image` then only looks them up by param.
-
-    Raises:
-        InvalidRequest: more pictures than `limits.max_images`; `param` is the first one too many.
-        ImageError: from `read_image`.
-    """
-    pictures = list(parsed.pictures())
-    if len(pictures) > limits.max_images:
-        raise InvalidRequest(
-            f"A request holds at most {limits.max_images} pictures.",
-            param=pictures[limits.max_images][1],
-            code="array_above_max_length",
-        )
-    files = iter([ImagePart(data=read_image(url, param), param=param) for url, param in pictures])
-    return ChatRequest(
-        request_id=request_id,
-        conversation=Conversation(tuple(_turn(message, files) for message in parsed.messages)),
-        max_tokens=parsed.token_limit,
-        temperature=parsed.temperature,
-        top_p=parsed.top_p,
-        top_k=None if parsed.top_k is None else max(parsed.top_k, 0),
-        min_p=parsed.min_p,
-        repetition_penalty=parsed.repetition_penalty,
-        presence_penalty=parsed.presence_penalty or 0.0,
-        frequency_penalty=parsed.frequency_penalty or 0.0,
-        logit_bias=tuple((int(token_id), bias) for token_id, bias in (parsed.logit_bias or {}).items()),
-        seed=parsed.seed,
-        stop=(parsed.stop,) if isinstance(parsed.stop, str) else parsed.stop or (),
-        stop_ids=parsed.stop_token_ids or (),
-        min_tokens=parsed.min_tokens or 0,
-        ignore_eos=bool(parsed.ignore_eos),
-        logprobs=(parsed.top_logprobs or 0) if parsed.logprobs else None,
-        tenant=tenant,
-        scope=scope,
-        timeout_s=timeout_s,
-        metadata=tuple((parsed.metadata or {}).items()),
-    )
+def message_pictures(messages: tuple[Message, ...]) -> Iterator[tuple[str, str]]:
+    for i, message in enumerate(messages):
+        for j, part in enumerate(message.content if isinstance(message.content, tuple) else ()):
+            if not isinstance(part, TextContent):
+                reference, field = part.reference()
+                yield reference, f"messages[{i}].content[{j}].{field}"
 
 
-def _turn(message: Message, files: Iterator[ImagePart]) -> Turn:
+def message_conversation(messages: tuple[Message, ...], files: Mapping[str, bytes]) -> Conversation:
+    """The messages as turns, with the bytes of their pictures."""
+    parts = iter([ImagePart(data=files[param], param=param) for _, param in message_pictures(messages)])
+    return Conversation(tuple(_turn(message, parts) for message in messages))
+
+
+def _turn(message: Message, pictures: Iterator[ImagePart]) -> Turn:
     role: Role = "system" if message.role == "developer" else message.role
     if isinstance(message.content, str):
         return Turn(role, (TextPart(message.content),))
     return Turn(
         role,
-        tuple(TextPart(part.text) if isinstance(part, TextContent) else next(files) for part in message.content),
+        tuple(TextPart(part.text) if isinstance(part, TextContent) else next(pictures) for part in message.content),
     )

@@ -242,30 +242,31 @@ def usage_object(usage: Usage) -> UsageObject:
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens, "image_tokens": usage.image_tokens},
-        "images": [_image_usage(image) for image in usage.images],
+        "images": [image_usage(image) for image in usage.images],
     }
 
 
-def _image_usage(image: ImageUsage) -> ImageUsageObject:
+def image_usage(image: ImageUsage) -> ImageUsageObject:
     return {"source": image.source.value, "tokens": image.tokens, "width": image.width, "height": image.height}
 
 
 def logprobs_object(entries: Iterable[TextLogprob]) -> Logprobs:
-    return {
-        "content": [
-            {
-                "token": entry.token,
-                "logprob": max(entry.logprob, LOWEST_LOGPROB),
-                "bytes": list(entry.utf8),
-                "top_logprobs": [
-                    {"token": token, "logprob": max(logprob, LOWEST_LOGPROB), "bytes": list(utf8)}
-                    for token, utf8, logprob in entry.top
-                ],
-            }
-            for entry in entries
-        ],
-        "refusal": None,
-    }
+    return {"content": token_logprobs(entries), "refusal": None}
+
+
+def token_logprobs(entries: Iterable[TextLogprob]) -> list[TokenLogprobs]:
+    return [
+        {
+            "token": entry.token,
+            "logprob": max(entry.logprob, LOWEST_LOGPROB),
+            "bytes": list(entry.utf8),
+            "top_logprobs": [
+                {"token": token, "logprob": max(logprob, LOWEST_LOGPROB), "bytes": list(utf8)}
+                for token, utf8, logprob in entry.top
+            ],
+        }
+        for entry in entries
+    ]
 
 
 # -- models -------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Server-sent events, both ways (WHATWG HTML, section 9.2: https://html.spec.whatwg.org/multipage/server-sent-events.html).
 
-A stream of OpenAI's is a run of ``data: <JSON>`` events and then ``data: [DONE]``. When something goes wrong after the
-first byte, the status can no longer tell: an event with the error object is sent, and the stream ends without [DONE].
+A stream of completions is a run of ``data: <JSON>`` events and then ``data: [DONE]``; the events of a response have
+names, and the last of them says how it ended. When something goes wrong after the first byte, the status can no longer
+tell: an event with the error is sent, and the stream ends without [DONE].
 """
 
 from __future__ import annotations
@@ -20,16 +21,18 @@ MAX_EVENT_BYTES = 8 * 1024 * 1024
 _ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
-def encode_event(value: object) -> bytes:
+def encode_event(value: object, *, name: str | None = None) -> bytes:
     """One event with `value` as its JSON, on one line: JSON escapes every character that ends a line of an event.
 
-    Half a surrogate pair, which UTF-8 cannot hold, is written as its JSON escape.
+    Half a surrogate pair, which UTF-8 cannot hold, is written as its JSON escape. `name` is the event's type, a word
+    of ours; without one it is a plain message.
 
     Raises:
         ValueError: a number that is not finite.
         TypeError: not a value JSON knows.
     """
-    return b"data: " + _ENCODER.encode(value).encode("utf-8", "backslashreplace") + b"\n\n"
+    line = b"" if name is None else f"event: {name}\n".encode("ascii")
+    return line + b"data: " + _ENCODER.encode(value).encode("utf-8", "backslashreplace") + b"\n\n"
 
 
 def encode_error(error: OmniError) -> bytes:

@@ -8,29 +8,24 @@ its connections directly, under one time budget, behind a circuit breaker.
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from redis.asyncio.connection import AbstractConnection, ConnectionPool, UnixDomainSocketConnection, parse_url
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
+from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
-from redis.maint_notifications import MaintNotificationsConfig
 
+from omnilmm.cache.address import MAX_CONNECTIONS, close_pool, make_pool
 from omnilmm.cache.breaker import Breaker, Entry, Outcome
-from omnilmm.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-MAX_CONNECTIONS: Final = 8  # more would only make each exchange slower: one loop reads them all
 _GRACE_TURNS: Final = 24  # connecting takes about 5, each 256 KiB of an answer 2
-_READ_BYTES: Final = 1 << 18  # asyncio hands over at most this much at once; the default of 32 KiB costs 16 rounds
 
 
 @asynccontextmanager
@@ -84,26 +79,36 @@ class RedisLink:
     the first who found out.
 
     Args:
-        url: redis://, rediss:// or unix://, with credentials and database number as redis-py reads them.
-        timeout_s: for one whole exchange: connecting, authenticating, writing, reading.
+        url: in one of the forms of cache/address.
+        timeout_s: for one whole exchange: finding the server, connecting, authenticating, writing, reading.
         breaker: shared by all calls of this link.
+        password_file: where the server's password stands, if not in the URL; read anew at every connection.
 
     Raises:
-        ConfigError: the URL cannot be used, or names another machine without a password.
+        ConfigError: the URL cannot be used, or names another machine without a password; the file holds none.
     """
 
-    def __init__(self, url: str, *, timeout_s: float, breaker: Breaker) -> None:
+    def __init__(self, url: str, *, timeout_s: float, breaker: Breaker, password_file: Path | None = None) -> None:
         self._timeout_s = timeout_s
         self._breaker = breaker
-        self._pool = _make_pool(url, timeout_s)
+        self._pool = make_pool(url, timeout_s=timeout_s, password_file=password_file)
         self._slots = asyncio.Semaphore(MAX_CONNECTIONS)
         self._num_open = 0
+        self._num_aside = 0
         self._probe: asyncio.Task[None] | None = None
 
     @property
     def is_down(self) -> bool:
         """Whether the server counts as gone."""
         return self._breaker.is_open
+
+    async def run_aside(self, exchange: Callable[[AbstractConnection], Awaitable[T]]) -> T | None:
+        """As `run`, for work nobody waits for: it may be under way when all else is at rest."""
+        self._num_aside += 1
+        try:
+            return await self.run(exchange)
+        finally:
+            self._num_aside -= 1
 
     async def run(self, exchange: Callable[[AbstractConnection], Awaitable[T]]) -> T | None:
         """What `exchange` returns, or None when there was no connection, no time or no sense in the answer."""
@@ -194,15 +199,15 @@ class RedisLink:
         return None
 
     def check_integrity(self) -> None:
-        """Assert that no exchange holds a connection, a probe aside. Call when idle."""
+        """Assert that no exchange holds a connection, but for a probe and what runs aside. Call when idle."""
         num_probing = 1 if self._probe is not None and not self._probe.done() else 0
-        assert self._num_open <= num_probing, "redis link: a connection was not handed back"
+        assert self._num_open <= num_probing + self._num_aside, "redis link: a connection was not handed back"
 
     async def aclose(self) -> None:
         if self._probe is not None:
             self._probe.cancel()
             await asyncio.wait({self._probe})
-        await self._pool.disconnect()
+        await close_pool(self._pool)
 
 
 class Subscription:
@@ -227,49 +232,3 @@ class Subscription:
     async def aclose(self) -> None:
         self.is_alive = False
         await self._connection.disconnect(nowait=True)
-
-
-def _make_pool(url: str, timeout_s: float) -> ConnectionPool:
-    """A pool whose timeouts and retries are ours, whatever the query string of the URL says."""
-    try:
-        given = dict(parse_url(url))
-    except ValueError:
-        raise ConfigError("redis_url: expected redis://, rediss:// or unix:// with valid options") from None
-    if given.get("connection_class") is UnixDomainSocketConnection and not given.get("path"):
-        raise ConfigError("redis_url: unix:// needs the path of a socket")
-    _refuse_open_door(given)
-    ours: dict[str, Any] = {
-        "max_connections": MAX_CONNECTIONS,
-        # `budget` is the bound. redis-py's own would know nothing of a busy loop, and its bound on writes is made with
-        # asyncio.wait_for, which in Python 3.11 can swallow a cancellation (cpython issue 86296): ours, or a client's.
-        "socket_timeout": None,
-        "socket_connect_timeout": timeout_s,
-        "socket_read_size": _READ_BYTES,
-        "retry": Retry(NoBackoff(), 0),
-        "retry_on_timeout": False,
-        "retry_on_error": [],
-        "health_check_interval": 0,
-        "decode_responses": False,
-        "protocol": 2,  # no HELLO: one round trip less before the first command
-        "driver_info": None,  # no CLIENT SETINFO either
-        "maint_notifications_config": MaintNotificationsConfig(enabled=False),
-    }
-    pool = ConnectionPool(**{**given, **ours})
-    try:
-        pool.make_connection()  # connects nothing; finds options the connection does not know
-    except (TypeError, ValueError, RedisError):
-        raise ConfigError("redis_url: unknown or contradictory options in its query") from None
-    return pool
-
-
-def _refuse_open_door(given: dict[str, Any]) -> None:
-    """A Redis anyone on the network can write to is refused."""
-    host = given.get("host", "localhost")
-    if "path" in given or given.get("password") or host == "localhost":
-        return
-    try:
-        local = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        local = False
-    if not local:
-        raise ConfigError("redis_url: a server on another machine needs a password")

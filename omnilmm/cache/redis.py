@@ -2,17 +2,20 @@
 
 Names are "omni:" + key for values and "omni:lease:" + key for leases; news travels on the channel "omni:wake".
 Values are sealed (cache/codec), so what the server hands back is either what one of us stored under that very name or
-nothing. No scripting is used. The whole of what an ACL user needs:
+nothing. No scripting is used here. The whole of what an ACL user needs for the cache (limits of tenants need more, see
+deployments/limits.py):
 
     ACL SETUSER omni on >PASSWORD ~omni:* &omni:* -@all +ping +select +touch +get +set +del
-        +watch +unwatch +multi +exec +publish +subscribe
+        +watch +unwatch +multi +exec +publish +subscribe +time +zadd +zrangebyscore +zremrangebyscore
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from redis.asyncio.connection import AbstractConnection
@@ -21,15 +24,21 @@ from redis.exceptions import ResponseError
 from omnilmm.cache.breaker import Breaker
 from omnilmm.cache.codec import Codec
 from omnilmm.cache.link import RedisLink, Subscription, converse
-from omnilmm.messages import Embedding, PixelIdentity
+from omnilmm.messages import Embedding, Encoded, PixelIdentity
 from omnilmm.observe import CacheAsked, Observer
 from omnilmm.ports import Clock
+
+_log = logging.getLogger(__name__)
 
 V = TypeVar("V")
 
 TIER: Final = "redis"
 _NAMESPACE: Final = "omni:"
 _WAKE: Final = "omni:wake"
+_ERASED: Final = "omni:erased"
+ERASED_MS: Final = 3_600_000
+"""How long it is remembered what was erased."""
+_OVERLAP_MS: Final = 2_000  # what is erased in the same moment as the list is read is read again
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,23 +61,33 @@ class Wake:
     stored: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Erased:
+    """Keys that were erased lately, or the lone None: more was erased than the server remembers."""
+
+    names: tuple[str | None, ...]
+    now_ms: int
+
+
 class RedisTier:
     """Sealed values and leases on one server.
 
     Every method answers within about `timeout_s`, at once while the breaker is open, and never raises. Outcomes go to
     the observer as CacheAsked: "hit", "miss", "bad" (not sealed by us for this name; it is deleted), "error" (the
-    server is gone, slow or refuses, on reads and on writes).
+    server is gone, slow or refuses, on reads and on writes), "refused" (the codec's lossy encoding does not fit these
+    vectors; they are kept exactly).
 
     Args:
-        url: redis://, rediss:// or unix://.
+        url: in one of the forms of cache/address.
         codec: seals the values.
         timeout_s: for one whole exchange.
         ttl_s: life of a value from its last write.
         breaker_failures: consecutive failures that open the breaker; one timeout does too.
         breaker_open_s: time until a probe may close it.
+        password_file: where the server's password stands, if not in the URL.
 
     Raises:
-        ConfigError: the URL cannot be used.
+        ConfigError: the URL or the file cannot be used.
     """
 
     def __init__(
@@ -82,11 +101,13 @@ class RedisTier:
         ttl_s: float = 7 * 24 * 3600.0,
         breaker_failures: int = 2,
         breaker_open_s: float = 1.0,
+        password_file: Path | None = None,
     ) -> None:
         breaker = Breaker(clock, failures=breaker_failures, open_s=breaker_open_s)
-        self._link = RedisLink(url, timeout_s=timeout_s, breaker=breaker)
+        self._link = RedisLink(url, timeout_s=timeout_s, breaker=breaker, password_file=password_file)
         self._codec = codec
         self._observer = observer
+        self._is_refusal_logged = False
         self._ttl_ms = _milliseconds(ttl_s)
 
     @property
@@ -108,12 +129,16 @@ class RedisTier:
             self._tell("error" if isinstance(reply, ResponseError) else "hit" if reply == 1 else "miss")
         return [reply == 1 for reply in replies]
 
-    async def get(self, key: str) -> Embedding | None:
+    async def get(self, key: str) -> Encoded | None:
+        """The vectors, and the seconds it took whoever made them."""
         return await self._get(key, self._codec.decode)
 
-    async def put(self, key: str, embedding: Embedding) -> bool:
+    async def put(self, key: str, embedding: Embedding, *, seconds: float = 0.0) -> bool:
         """True if other processes can now find it."""
-        return await self._put(key, self._codec.encode(key, embedding))
+        sealed = self._codec.encode(key, embedding, seconds=seconds)
+        if sealed.encoding is not self._codec.encoding:
+            self._refuse()
+        return await self._put(key, sealed.raw)
 
     async def get_identity(self, alias: str) -> PixelIdentity | None:
         return await self._get(alias, self._codec.decode_identity)
@@ -145,6 +170,41 @@ class RedisTier:
         if not stored:
             self._tell("error", len(raw))
         return stored
+
+    # -- erasure --------------------------------------------------------------------------------------
+
+    async def erase(self, keys: Sequence[str]) -> bool:
+        """Delete the values, and note for every process's memory that they are gone. False if it could not be done."""
+        if not keys:
+            return True
+        names = [_value_name(key) for key in keys]
+
+        async def exchange(connection: AbstractConnection) -> bool:
+            now_ms = _read_time((await converse(connection, ("TIME",)))[0])
+            if now_ms is None:
+                return False
+            scored = [word for key in keys for word in (now_ms, key)]
+            forget = ("ZREMRANGEBYSCORE", _ERASED, "-inf", now_ms - ERASED_MS)
+            *_, done = await converse(
+                connection, ("MULTI",), ("DEL", *names), ("ZADD", _ERASED, *scored), forget, ("EXEC",)
+            )
+            return isinstance(done, list) and not any(isinstance(reply, ResponseError) for reply in done)
+
+        return await self._link.run(exchange) or False
+
+    async def erased_since(self, seen_ms: int | None) -> Erased | None:
+        """What was erased since `seen_ms` (an earlier answer's `now_ms`, None at first); None without an answer."""
+        since = "-inf" if seen_ms is None else str(seen_ms - _OVERLAP_MS)
+        commands = (("TIME",), ("ZRANGEBYSCORE", _ERASED, since, "+inf"))
+        replies = await self._link.run_aside(lambda connection: converse(connection, *commands))
+        if replies is None or not isinstance(replies[1], list):
+            return None
+        now_ms = _read_time(replies[0])
+        if now_ms is None:
+            return None
+        if seen_ms is not None and now_ms - seen_ms > ERASED_MS:
+            return Erased((None,), now_ms)
+        return Erased(tuple(name.decode("ascii", "replace") for name in replies[1]), now_ms)
 
     # -- leases ---------------------------------------------------------------------------------------
 
@@ -205,6 +265,14 @@ class RedisTier:
     async def _ask(self, *commands: tuple[Any, ...]) -> list[Any] | None:
         return await self._link.run(lambda connection: converse(connection, *commands))
 
+    def _refuse(self) -> None:
+        self._tell("refused")
+        if not self._is_refusal_logged:
+            self._is_refusal_logged = True
+            _log.warning(
+                "the %s encoding does not fit this encoder's vectors: they are kept exact", self._codec.encoding
+            )
+
     def _tell(self, outcome: str, num_bytes: int = 0) -> None:
         self._observer.emit(CacheAsked(TIER, outcome, num_bytes))
 
@@ -256,6 +324,11 @@ def _value_name(key: str) -> str:
 
 def _lease_name(key: str) -> str:
     return f"{_NAMESPACE}lease:{key}"
+
+
+def _read_time(reply: object) -> int | None:
+    """Milliseconds from what TIME answers."""
+    return int(reply[0]) * 1000 + int(reply[1]) // 1000 if isinstance(reply, list) and len(reply) == 2 else None
 
 
 def _milliseconds(seconds: float) -> int:

@@ -7,9 +7,12 @@ each process.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Final
 
 from omnilmm.cache.codec import Codec
+from omnilmm.cache.encoding import Encoding
+from omnilmm.cache.erasure import ErasureWatch
 from omnilmm.cache.flight import Flights
 from omnilmm.cache.memory import MemoryTier
 from omnilmm.cache.question import Questions
@@ -21,6 +24,7 @@ from omnilmm.ports import Clock, Hit, Lookup
 
 TIER: Final = "memory"
 _IDENTITY_BYTES: Final = 128
+_IDENTITY_SECONDS: Final = 0.02  # about what it takes to decode a photograph, which remembering it spares
 
 Held = Embedding | PixelIdentity
 
@@ -52,6 +56,7 @@ class TieredStore:
         self._sole = sole
         self._flights = Flights(redis, config.lease_s)
         self._questions = None if redis is None else Questions(redis, self._flights, config.lease_s)
+        self._erasures = None if redis is None or memory.max_bytes <= 0 else ErasureWatch(redis, self._drop)
 
     @property
     def is_shared(self) -> bool:
@@ -93,20 +98,27 @@ class TieredStore:
         self._tell("miss")
         if self._redis is None:
             return None
-        embedding = await self._redis.get(key)
-        if embedding is not None:
-            self._memory.put(key, embedding, len(embedding.data))
-        return embedding
+        found = await self._redis.get(key)
+        if found is None or found.embedding is None:
+            return None
+        self._remember(key, found.embedding, len(found.embedding.data), found.seconds)
+        return found.embedding
 
-    async def put(self, key: str, embedding: Embedding) -> bool:
+    async def put(self, key: str, embedding: Embedding, *, seconds: float = 0.0) -> bool:
         """Keep the vectors in every tier. True if the decoder's store can now find them: Redis took them, or this
         store is the sole one and has room.
+
+        Args:
+            key: their name.
+            embedding: the vectors.
+            seconds: what it took to make them (Encoded.seconds), 0 if nobody knows. The more per byte, the longer
+                memory keeps them.
 
         Raises:
             ValueError: the record's data does not match its dtype and shape.
         """
-        kept = self._memory.put(key, embedding, len(embedding.data))
-        stored = self._redis is not None and await self._redis.put(key, embedding)
+        kept = self._remember(key, embedding, len(embedding.data), seconds)
+        stored = self._redis is not None and await self._redis.put(key, embedding, seconds=seconds)
         return stored or (self._sole and kept)
 
     async def get_identity(self, alias: str) -> PixelIdentity | None:
@@ -120,7 +132,7 @@ class TieredStore:
             return None
         identity = await self._redis.get_identity(alias)
         if identity is not None:
-            self._memory.put(alias, identity, _IDENTITY_BYTES)
+            self._remember(alias, identity, _IDENTITY_BYTES, _IDENTITY_SECONDS)
         return identity
 
     async def put_identity(self, alias: str, identity: PixelIdentity) -> None:
@@ -129,9 +141,30 @@ class TieredStore:
         Raises:
             ValueError: the digest is not 32 bytes.
         """
-        self._memory.put(alias, identity, _IDENTITY_BYTES)
+        self._remember(alias, identity, _IDENTITY_BYTES, _IDENTITY_SECONDS)
         if self._redis is not None:
             await self._redis.put_identity(alias, identity)
+
+    async def erase(self, names: Sequence[str]) -> bool:
+        """Forget keys and aliases in every tier: here and in Redis at once, in other processes within seconds.
+
+        False if Redis could not be reached: they may then still be found. Without Redis only this process can forget.
+        Whoever is encoding such a picture at this moment may store it again.
+        """
+        for name in names:
+            self._drop(name)
+        return self._redis is None or await self._redis.erase(names)
+
+    def _remember(self, name: str, value: Held, num_bytes: int, seconds: float) -> bool:
+        if self._erasures is not None:
+            self._erasures.begin()
+        return self._memory.put(name, value, num_bytes, seconds=seconds)
+
+    def _drop(self, name: str | None) -> None:
+        if name is None:
+            self._memory.take_all()
+        else:
+            self._memory.take(name)
 
     def _tell(self, outcome: str, num_bytes: int = 0) -> None:
         self._observer.emit(CacheAsked(TIER, outcome, num_bytes))
@@ -150,28 +183,47 @@ class TieredStore:
         if self._questions is not None:
             await self._questions.aclose()
         await self._flights.aclose()
+        if self._erasures is not None:
+            await self._erasures.aclose()
         if self._redis is not None:
             await self._redis.aclose()
 
 
 def open_store(
-    config: CacheConfig, *, secret: bytes, observer: Observer, clock: Clock, sole: bool = False
+    config: CacheConfig,
+    *,
+    secret: bytes,
+    observer: Observer,
+    clock: Clock,
+    sole: bool = False,
+    encoding: Encoding = Encoding.EXACT,
+    password_file: Path | None = None,
 ) -> TieredStore:
-    """The store a configuration describes. `secret` is the one given to KeyRing.
+    """The store a configuration describes.
+
+    Args:
+        config: sizes, times and where Redis is.
+        secret: the one given to KeyRing.
+        observer: is told of every key asked for.
+        clock: monotonic seconds.
+        sole: see TieredStore.
+        encoding: of the numbers in Redis.
+        password_file: where the password of Redis stands, if not in its URL.
 
     Raises:
-        ConfigError: the secret is too short, or `redis_url` cannot be used.
+        ConfigError: the secret is too short, `redis_url` cannot be used, or the file holds no password.
     """
     redis = None
     if config.redis_url is not None:
         redis = RedisTier(
             config.redis_url,
-            codec=Codec(secret),
+            codec=Codec(secret, encoding),
             observer=observer,
             clock=clock,
             timeout_s=config.timeout_s,
             ttl_s=config.ttl_s,
             breaker_failures=config.breaker_failures,
             breaker_open_s=config.breaker_open_s,
+            password_file=password_file,
         )
     return TieredStore(MemoryTier(config.memory_bytes), redis, config, observer, sole=sole)

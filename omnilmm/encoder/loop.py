@@ -1,4 +1,4 @@
-"""The owner of the vision tower: one thread that takes whatever is waiting and encodes it as one batch.
+"""The owner of the vision tower: one thread that takes of what is waiting as much as pays, and encodes it as one batch.
 
 There is no timer. While a batch runs the next one gathers by itself; when nothing is running a lone picture
 starts at once.
@@ -11,11 +11,13 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from omnilmm.config import EncoderConfig
+from omnilmm.encoder.batching import BatchSizes
 from omnilmm.errors import DeadlineExceeded, OmniError, Overloaded, ReplicaLost
 from omnilmm.messages import Embedding, PreparedImage
 from omnilmm.observe import BatchEncoded, Observer
@@ -55,9 +57,13 @@ class EncoderLoop:
         self._observer = observer
         self._inbox: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._num_waiting = 0  # touched by the event loop only
-        self._num_pictures = 0  # touched by the thread only
-        self._num_batches = 0
         self._stopping = False
+        # The thread's own:
+        self._backlog: deque[_Job] = deque()
+        self._sizes = BatchSizes(config.max_batch)
+        self._has_met_stop = False
+        self._num_pictures = 0
+        self._num_batches = 0
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
@@ -113,23 +119,26 @@ class EncoderLoop:
             self._encode(batch)
 
     def _take_batch(self) -> list[_Job] | None:
-        """Wait for one job, then take what else is there; None means stop."""
-        job = self._inbox.get()
-        batch: list[_Job] = []
-        while job is not None:
-            if not job.result.cancelled():
-                batch.append(job)
-            if len(batch) == self._config.max_batch:
-                return batch
-            try:
-                # with nothing to encode yet (all cancelled) there is no hurry: wait for the next
-                job = self._inbox.get(block=not batch)
-            except queue.Empty:
-                return batch
-        if batch:
-            self._inbox.put(None)  # finish these first, then meet the stop sign again
-            return batch
-        return None
+        """Wait until there is a picture to encode, and take the oldest; None means stop."""
+        while True:
+            self._read_inbox()
+            self._backlog = deque(job for job in self._backlog if not job.result.cancelled())
+            if self._backlog:
+                return [self._backlog.popleft() for _ in range(self._sizes.choose(len(self._backlog)))]
+            if self._has_met_stop:
+                return None
+
+    def _read_inbox(self) -> None:
+        """Move everything to the backlog, waiting for the first if that is empty."""
+        try:
+            while True:
+                job = self._inbox.get(block=not self._backlog and not self._has_met_stop)
+                if job is None:
+                    self._has_met_stop = True
+                else:
+                    self._backlog.append(job)
+        except queue.Empty:
+            return
 
     def _encode(self, batch: list[_Job]) -> None:
         begun = time.monotonic()
@@ -139,10 +148,11 @@ class EncoderLoop:
         except Exception:
             logger.exception("a batch of %d pictures failed; trying them one by one", len(batch))
             results = [self._encode_alone(job) for job in batch]
+        seconds = time.monotonic() - begun
         self._num_batches += 1
         self._num_pictures += len(batch)
-        now = time.monotonic()
-        self._observer.emit(BatchEncoded(len(batch), now - begun, begun - batch[0].arrived))
+        self._sizes.note(len(batch), seconds)
+        self._observer.emit(BatchEncoded(len(batch), seconds, begun - batch[0].arrived))
         for job, result in zip(batch, results, strict=True):
             _answer(job, result)
 

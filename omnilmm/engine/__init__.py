@@ -7,6 +7,10 @@ plan         one step on paper, and its result
 fair_queue   who waits, and whose turn it is
 scheduler    who is paid in the next step
 admission    what a call must fulfil to enter
+schema       a JSON schema as something that can be followed token by token
+schema_probe a child process that tries a strange schema out
+schema_check whether a schema may be compiled, and what the client is told if not
+grammar      which tokens may come next in a structured answer
 kv           the pool of keys and values
 batch        a plan as tensors, and attention over it
 philox       random numbers without state

@@ -2,7 +2,7 @@
 
 All tokens of a step stand in one flat run. Rows of one token (decodes) come first, longest context first, so that
 those of similar length lie side by side and are attended to in one padded call; longer rows (chunks of prompts)
-follow, one call each.
+follow, one after the other.
 """
 
 from __future__ import annotations
@@ -16,14 +16,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from omnilmm.engine.kv import PagedKV
+from omnilmm.engine.kv import PagedKV, Window
 from omnilmm.engine.plan import Row
-from omnilmm.models.attention import Attend, Attention, attention_sdpa, causal_mask
+from omnilmm.models.attention import Attend, attention_products, attention_sdpa
 
 MAX_PADDING = 1024
 """Padded positions a group of decodes may hold: about as many as one more attention call costs."""
 
-Slots = NDArray[np.int64]
+SMALL = 1024
+"""Keys, over all heads, up to which a group of decodes is faster in torch's fused kernel than as matrix products."""
+
+QUERY_TILE = 128
+"""Queries of a chunk that are attended to at a time. Each piece reads the keys up to its own end only."""
+
+Integers = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +41,7 @@ class Batch:
     ids: Tensor  # (T,) int64
     positions: Tensor  # (T,) int64, each in its own sequence
     slots: Tensor  # (T,) int64, where the keys and values of these tokens go
+    begun: Tensor  # (num_begun,) int64, blocks whose first position is written in this step, and the last is not
     lasts: Tensor  # (num_rows,) int64, the last token of each row
     drawing: Tensor  # (num_drawing,) int64, the rows that end their sequence
 
@@ -52,21 +59,27 @@ def build_batch(rows: Sequence[Row], *, block_size: int, device: torch.device) -
         firsts=tuple(end - row.num_tokens for end, row in zip(ends, ordered, strict=True)),
         ids=_tensor([token_id for row in ordered for token_id in row.ids], device),
         positions=_tensor([position for row in ordered for position in range(row.start, row.end)], device),
-        slots=_tensor(np.concatenate([_slots(row, row.start, block_size) for row in ordered]), device),
+        slots=_tensor(np.concatenate([_slots(row, block_size) for row in ordered]), device),
+        begun=_tensor([row.block_ids[-1] for row in ordered if _begins_a_block(row, block_size)], device),
         lasts=_tensor([end - 1 for end in ends], device),
         drawing=_tensor([index for index, row in enumerate(ordered) if row.draw is not None], device),
     )
 
 
-def _slots(row: Row, start: int, block_size: int) -> Slots:
-    """Slots of the positions [start, row.end)."""
-    first_block = start // block_size
+def _slots(row: Row, block_size: int) -> Integers:
+    """Slots of the row's own positions."""
+    positions = np.arange(row.start, row.end)
+    first_block = row.start // block_size
     table = np.array(row.block_ids[first_block:], dtype=np.int64)
-    slots = (table[:, None] * block_size + np.arange(block_size)).reshape(-1)
-    return slots[start - first_block * block_size : row.end - first_block * block_size]
+    return table[positions // block_size - first_block] * block_size + positions % block_size
 
 
-def _tensor(numbers: Sequence[int] | Slots, device: torch.device) -> Tensor:
+def _begins_a_block(row: Row, block_size: int) -> bool:
+    """Whether the row leaves behind a block that it began and did not fill."""
+    return row.end % block_size > 0 and row.start <= row.end // block_size * block_size
+
+
+def _tensor(numbers: Sequence[int] | Integers, device: torch.device) -> Tensor:
     return torch.as_tensor(numbers, dtype=torch.int64).to(device)
 
 
@@ -75,67 +88,107 @@ AttendFactory = Callable[[Batch, PagedKV], Attend]
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
-    """Rows that share one attention call: several decodes, or one chunk."""
+class _Decodes:
+    """Rows of one token that share attention calls, each with its blocks, padded with its first one."""
 
     first: int  # token
     num_rows: int
-    num_queries: int  # tokens per row
-    slots: Tensor | None  # (num_rows * num_keys,) int64; None where a chunk's keys are all its own
-    mask: Tensor | None  # bool, broadcast to (num_rows, heads, num_queries, num_keys)
+    window: Window
+    mask: Tensor | None  # (num_rows * kv_heads, 1, 1, num_keys) in the pool's dtype, 0 or -inf
 
-    @property
-    def tokens(self) -> slice:
-        return slice(self.first, self.first + self.num_rows * self.num_queries)
+    def attend(self, kv: PagedKV, layer: int, q: Tensor) -> Tensor:
+        """Of the step's q (T, heads, head_dim), what these rows read: (num_rows, heads, head_dim)."""
+        kv.read(layer, self.window)
+        k, v = self.window.keys, self.window.values  # each (num_rows * kv_heads, num_keys, head_dim)
+        rows = q if len(q) == self.num_rows else q[self.first : self.first + self.num_rows]
+        queries = rows.reshape(len(k), -1, 1, q.shape[-1])
+        scale = q.shape[-1] ** -0.5
+        if k.shape[0] * k.shape[1] > SMALL:
+            return attention_products(queries, k, v, scale=scale, mask=self.mask).view(rows.shape)
+        # The heads that share a key head take the place of queries, and the key heads of all rows that of heads.
+        mask = None if self.mask is None else self.mask.squeeze(1)
+        out = attention_sdpa(queries.view(1, len(k), -1, q.shape[-1]), k[None], v[None], scale=scale, mask=mask)
+        return out.view(rows.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """A row of several tokens, attended to in pieces."""
+
+    first: int  # token
+    start: int  # position of that token
+    num_tokens: int
+    window: Window
+    mask: Tensor  # (QUERY_TILE, QUERY_TILE) in the pool's dtype, 0 or -inf
+
+    def attend(self, kv: PagedKV, layer: int, q: Tensor) -> Tensor:
+        """Of the step's q (T, heads, head_dim), what this row reads: (num_tokens, heads, head_dim)."""
+        kv.read(layer, self.window)
+        k, v = self.window.keys, self.window.values  # each (kv_heads, num_keys, head_dim)
+        queries = q[self.first : self.first + self.num_tokens].unflatten(1, (len(k), -1)).movedim(0, 2)
+        pieces = []
+        for begin in range(0, self.num_tokens, QUERY_TILE):
+            tile = queries[:, :, begin : begin + QUERY_TILE]  # (kv_heads, groups, tile, head_dim)
+            size = tile.shape[2]
+            end = self.start + begin + size
+            mask = self.mask[:size, :size]
+            pieces.append(attention_products(tile, k[:, :end], v[:, :end], scale=q.shape[-1] ** -0.5, mask=mask))
+        out = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+        return out.movedim(2, 0).flatten(1, 2)
 
 
 class GatheredAttend:
-    """Attention for backends without paged kernels: gathers each group's context and attends to it densely.
+    """Attention for backends without paged kernels: gathers each group's blocks and attends to them densely.
 
-    A padded position reads the first slot of its own row and is masked. It never reads a slot of somebody else:
-    what is there need not be finite, and a mask does not stop NaN.
+    A position behind a row's last one is masked, and of somebody else's blocks none is read: a mask does not stop NaN.
     """
 
-    def __init__(self, batch: Batch, kv: PagedKV, *, attention: Attention = attention_sdpa) -> None:
+    def __init__(self, batch: Batch, kv: PagedKV) -> None:
         self._kv = kv
-        self._slots = batch.slots
-        self._attention = attention
-        self._groups = tuple(_groups(batch, kv.block_size))
-        self._scratch = kv.new_scratch(max(0 if g.slots is None else len(g.slots) for g in self._groups))
+        self._places = kv.places(batch.slots)
+        num_decodes = sum(row.num_tokens == 1 for row in batch.rows)
+        self._parts: tuple[_Decodes | _Chunk, ...] = (
+            *_decodes(batch, kv, num_decodes),
+            *_chunks(batch, kv, num_decodes),
+        )
+        if len(batch.begun):
+            kv.begin(batch.begun)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self._kv.write(layer, self._slots, k, v)
-        pieces = []
-        for group in self._groups:
-            if group.slots is None:
-                keys, values = k[group.tokens], v[group.tokens]
-            else:
-                keys, values = self._kv.read(layer, group.slots, self._scratch)
-            pieces.append(self._attend(group, q[group.tokens], keys, values))
+        self._kv.write(layer, self._places, k, v)
+        pieces = [part.attend(self._kv, layer, q) for part in self._parts]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
-    def _attend(self, group: _Group, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q (rows * queries, heads, head_dim), k and v (rows * keys, kv_heads, head_dim) -> as q."""
-        size = (group.num_rows, -1)
-        k = k.unflatten(0, size).transpose(1, 2)  # (rows, kv_heads, keys, head_dim)
-        v = v.unflatten(0, size).transpose(1, 2)
-        scale = q.shape[-1] ** -0.5
-        if group.num_queries == 1:
-            # The query heads that share a key head take the place of queries: each key is then read once, which on
-            # CPU is several times faster than a grouped call with one query.
-            grouped = q.unflatten(1, (k.shape[1], -1))  # (rows, kv_heads, heads / kv_heads, head_dim)
-            return self._attention(grouped, k, v, scale=scale, mask=group.mask).flatten(1, 2)
-        out = self._attention(q.transpose(0, 1).unsqueeze(0), k, v, scale=scale, mask=group.mask)
-        return out.squeeze(0).transpose(0, 1)  # (queries, heads, head_dim)
 
-
-def _groups(batch: Batch, block_size: int) -> Iterator[_Group]:
-    num_decodes = sum(row.num_tokens == 1 for row in batch.rows)
-    for begin, end in _similar([row.end for row in batch.rows[:num_decodes]]):
-        yield _decode_group(batch, begin, end, block_size)
+def _chunks(batch: Batch, kv: PagedKV, num_decodes: int) -> Iterator[_Chunk]:
+    if num_decodes == len(batch.rows):
+        return
+    mask = torch.full((QUERY_TILE, QUERY_TILE), -torch.inf, dtype=kv.dtype, device=batch.device).triu(1)
     for row, first in zip(batch.rows[num_decodes:], batch.firsts[num_decodes:], strict=True):
-        slots = None if row.start == 0 else _tensor(_slots(row, 0, block_size), batch.device)
-        yield _Group(first, 1, row.num_tokens, slots, causal_mask(row.num_tokens, row.end, batch.device))
+        window = kv.window(_tensor(row.block_ids, batch.device)[None])
+        yield _Chunk(first, row.start, row.num_tokens, window, mask)
+
+
+def _decodes(batch: Batch, kv: PagedKV, num_decodes: int) -> Iterator[_Decodes]:
+    for begin, end in _similar([row.end for row in batch.rows[:num_decodes]]):
+        rows = batch.rows[begin:end]
+        num_blocks = _rounded(len(rows[0].block_ids))
+        table = np.array([row.block_ids + row.block_ids[:1] * (num_blocks - len(row.block_ids)) for row in rows])
+        window = kv.window(_tensor(table, batch.device))
+        num_keys = num_blocks * kv.block_size
+        mask = None
+        if any(row.end < num_keys for row in rows):
+            ends = np.repeat([row.end for row in rows], len(window.keys) // len(rows))
+            hidden = torch.from_numpy(np.arange(num_keys) >= ends[:, None])  # (rows * kv_heads, num_keys)
+            mask = torch.zeros(hidden.shape, dtype=kv.dtype).masked_fill(hidden, -torch.inf)
+            mask = mask.to(batch.device)[:, None, None]
+        yield _Decodes(begin, len(rows), window, mask)
+
+
+def _rounded(num_blocks: int) -> int:
+    """Up to an eighth more blocks, but few different numbers: for every new width CPU kernels are made anew."""
+    step = 1 << max(0, num_blocks.bit_length() - 4)
+    return -(-num_blocks // step) * step
 
 
 def _similar(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -148,17 +201,3 @@ def _similar(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
             begin, padding = index, 0
     if lengths:
         yield begin, len(lengths)
-
-
-def _decode_group(batch: Batch, begin: int, end: int, block_size: int) -> _Group:
-    rows = batch.rows[begin:end]
-    lengths = np.array([row.end for row in rows])
-    slots = np.empty((len(rows), lengths[0]), dtype=np.int64)
-    for line, row in zip(slots, rows, strict=True):
-        own = _slots(row, 0, block_size)
-        line[: row.end], line[row.end :] = own, own[0]
-    mask = None
-    if lengths[-1] < lengths[0]:
-        visible = torch.from_numpy(np.arange(lengths[0]) < lengths[:, None])  # (rows, keys)
-        mask = visible[:, None, None].to(batch.device)
-    return _Group(begin, len(rows), 1, _tensor(slots.reshape(-1), batch.device), mask)

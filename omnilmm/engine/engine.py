@@ -13,11 +13,12 @@ from typing import Protocol
 
 from omnilmm.config import EngineConfig
 from omnilmm.engine.admission import check_call
+from omnilmm.engine.grammar import Matcher
 from omnilmm.engine.plan import Drawn, Needs, Plan, Row, StepResult
 from omnilmm.engine.scheduler import Scheduler
 from omnilmm.engine.sequence import FINISH_REASONS, Sequence, Status
-from omnilmm.errors import OmniError
-from omnilmm.messages import Embedding, GenerateCall, Prefill, TokenBatch
+from omnilmm.errors import InvalidRequest, OmniError
+from omnilmm.messages import Embedding, GenerateCall, Prefill, Priority, TokenBatch
 from omnilmm.ports import Clock
 
 
@@ -59,15 +60,22 @@ Output = Tokens | Needs | Failed
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A snapshot. Totals are counted since the start; `cached_tokens` of the `prompt_tokens` were found in the pool."""
+    """A snapshot. Totals are counted since the start; `cached_tokens` of the `prompt_tokens` were found in the pool.
+
+    `computed_tokens` have gone through the model: prompts, generated tokens, and what preemption had computed again.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
+    num_waiting_online: int = 0  # of those
+    num_waiting_batch: int = 0
     blocks_used: int = 0
     blocks_total: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
+    computed_tokens: int = 0
+    num_failed: int = 0  # sequences that ended with an error of their own
     num_preemptions: int = 0
     num_steps: int = 0
     last_step_sequences: int = 0
@@ -87,21 +95,29 @@ class Engine:
         self._news: list[Output] = []  # told with the next step
         self._is_stalled = False  # the last plan was empty, and nothing has happened since
         self._last_plan = Plan()
-        self._num_steps = self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
+        self._num_steps = self._num_failed = 0
+        self._prompt_tokens = self._cached_tokens = self._generated_tokens = self._computed_tokens = 0
 
     # -- calls ----------------------------------------------------------------------------------------
 
-    def submit(self, call: GenerateCall) -> Ticket:
-        """Take a call in.
+    def submit(self, call: GenerateCall, *, matcher: Matcher | None = None, ranks: range | None = None) -> Ticket:
+        """Take a call in. One with a grammar comes with a matcher that has followed its emitted tokens, one with an
+        adapter with the rows that are the adapter's until the sequence has ended.
 
         Raises:
             ContextLengthExceeded: it could not fit, even alone.
             InvalidRequest: a field of the call is impossible.
             Overloaded: too many calls of its class are waiting.
         """
+        assert (matcher is None) == (call.sampling.grammar is None), "a grammar is followed by a matcher"
         check_call(call, self._config, vocab_size=self._runner.vocab_size)
         sequence = Sequence(
-            self._next_id, call, block_size=self._config.block_size, submitted_at=self._clock.monotonic()
+            self._next_id,
+            call,
+            block_size=self._config.block_size,
+            submitted_at=self._clock.monotonic(),
+            matcher=matcher,
+            ranks=ranks,
         )
         self._next_id += 1
         if sequence.status.is_finished:  # everything was emitted elsewhere; only the ending is left to tell
@@ -151,6 +167,7 @@ class Engine:
         self._is_stalled = not plan.rows
         if plan.rows:
             self._num_steps += 1
+            self._computed_tokens += plan.num_tokens
             self._last_plan = plan
         return outputs
 
@@ -162,10 +179,16 @@ class Engine:
             return
         self._scheduler.advance(sequence, row.num_tokens)
         if drawn := result.drawn.get(sequence.id):
-            yield Tokens(sequence.id, self._append(sequence, drawn))
+            try:
+                sequence.append(drawn.id)
+            except InvalidRequest as error:
+                self._end(sequence, Status.FAILED)
+                yield Failed(sequence.id, error)
+            else:
+                yield Tokens(sequence.id, self._tell(sequence, drawn))
 
-    def _append(self, sequence: Sequence, drawn: Drawn) -> TokenBatch:
-        sequence.append(drawn.id)
+    def _tell(self, sequence: Sequence, drawn: Drawn) -> TokenBatch:
+        """Account for a token that was added, and put it into words."""
         self._scheduler.charge_output(sequence)
         self._generated_tokens += 1
         if sequence.status.is_finished:
@@ -181,6 +204,7 @@ class Engine:
         )
 
     def _end(self, sequence: Sequence, status: Status) -> None:
+        self._num_failed += status is Status.FAILED
         self._scheduler.release(sequence, status)
         del self._sequences[sequence.id]
 
@@ -191,11 +215,15 @@ class Engine:
         return EngineStats(
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
+            num_waiting_online=self._scheduler.num_waiting_of(Priority.ONLINE),
+            num_waiting_batch=self._scheduler.num_waiting_of(Priority.BATCH),
             blocks_used=blocks.num_held,
             blocks_total=blocks.num_blocks,
             prompt_tokens=self._prompt_tokens,
             cached_tokens=self._cached_tokens,
             generated_tokens=self._generated_tokens,
+            computed_tokens=self._computed_tokens,
+            num_failed=self._num_failed,
             num_preemptions=self._scheduler.num_preemptions,
             num_steps=self._num_steps,
             last_step_sequences=len(self._last_plan.rows),

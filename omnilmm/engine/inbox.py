@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
+from omnilmm.engine.grammar import Matcher
+from omnilmm.engine.shelf import Loaded
 from omnilmm.engine.stream import TokenStream
 from omnilmm.messages import Embedding, GenerateCall
 
@@ -20,6 +22,8 @@ class Request:
     call: GenerateCall
     fetch: Fetch
     stream: TokenStream
+    matcher: Matcher | None = None  # the thread's from the moment it is posted
+    adapter: Loaded | None = None  # held for it; the thread's from the moment it is posted
     sequence_id: int = -1  # written and read by the thread only
     fetching: set[asyncio.Task[None]] = field(default_factory=set)  # the event loop's
     is_closed: bool = False  # the event loop's: the reader has left

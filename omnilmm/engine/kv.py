@@ -1,6 +1,12 @@
-"""The pool of keys and values: one block of memory, made once, addressed by slot."""
+"""The pool of keys and values: one block of memory, made once, addressed by block and by slot.
+
+A block of a layer is `2 * kv_heads` pages: per head the keys of its positions in one piece, then per head the values.
+So a head's past is gathered page by page, and lies ready for one matrix product.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,43 +15,80 @@ from omnilmm.config import EngineConfig
 from omnilmm.models.config import LanguageConfig
 
 
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where the keys and the values of T positions go, in any layer: rows of the pool, each (T * kv_heads,) int64."""
+
+    keys: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Room for the keys and values that some sequences read, the same for every layer."""
+
+    pages: Tensor  # (num_pages,) int64
+    gathered: Tensor  # (num_pages, block_size * head_dim)
+    keys: Tensor  # (sequences * kv_heads, num_keys, head_dim), a view of `gathered` as `values` is
+    values: Tensor
+
+
 class PagedKV:
     """Keys and values of `num_blocks * block_size` token positions per layer.
 
-    Slot `block_id * block_size + offset` is a position's address in every layer. What a slot holds that nobody has
-    written since it changed hands is unspecified, and not even finite: read only slots that were written.
+    Slot `block_id * block_size + offset` is a position's address in every layer. What a block holds that changed
+    hands is unspecified, and not even finite, up to `begin`; from then on a position is zero until it is written. So
+    whole blocks may be read, and what lies behind their last position be masked.
     """
 
     def __init__(
         self, config: EngineConfig, model: LanguageConfig, *, dtype: torch.dtype, device: torch.device
     ) -> None:
-        num_slots = config.num_blocks * config.block_size
-        shape = (model.num_layers, num_slots, model.num_kv_heads, model.head_dim)
         self.block_size = config.block_size
-        self._keys = torch.zeros(shape, dtype=dtype, device=device)
-        self._values = torch.zeros(shape, dtype=dtype, device=device)
+        self._num_heads, self._head_dim = model.num_kv_heads, model.head_dim
+        shape = (model.num_layers, config.num_blocks, 2, model.num_kv_heads, config.block_size, model.head_dim)
+        self._pool = torch.zeros(shape, dtype=dtype, device=device)
+        self._pages = tuple(layer.view(-1, config.block_size * model.head_dim) for layer in self._pool)
+        self._rows = tuple(layer.view(-1, model.head_dim) for layer in self._pool)
+        self._scratch = self._pages[0].new_empty(0, config.block_size * model.head_dim)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._pool.dtype
 
     def blocks(self, layer: int) -> tuple[Tensor, Tensor]:
         """Views of a layer, each (num_blocks, block_size, kv_heads, head_dim): for kernels that read block tables."""
-        size = (-1, self.block_size)
-        return self._keys[layer].unflatten(0, size), self._values[layer].unflatten(0, size)
+        keys, values = self._pool[layer].unbind(1)
+        return keys.transpose(1, 2), values.transpose(1, 2)
 
-    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store k and v (T, kv_heads, head_dim) at `slots` (T,) int64, all different."""
-        self._keys[layer].index_copy_(0, slots, k)
-        self._values[layer].index_copy_(0, slots, v)
+    def begin(self, block_ids: Tensor) -> None:
+        """Make these blocks (B,) int64 zero in all layers: what they held belonged to somebody else."""
+        self._pool.index_fill_(1, block_ids, 0.0)
 
-    def new_scratch(self, num_slots: int) -> tuple[Tensor, Tensor]:
-        """Memory for `read`, each (num_slots, kv_heads, head_dim); one pair serves all layers of a step."""
-        shape = (num_slots, *self._keys.shape[2:])
-        return self._keys.new_empty(shape), self._values.new_empty(shape)
+    def places(self, slots: Tensor) -> Places:
+        """Where positions at `slots` (T,) int64 are kept."""
+        block_ids, offsets = slots // self.block_size, slots % self.block_size
+        heads = torch.arange(self._num_heads, device=slots.device)
+        pages = block_ids[:, None] * (2 * self._num_heads) + heads  # (T, kv_heads)
+        keys = (pages * self.block_size + offsets[:, None]).flatten()
+        return Places(keys, keys + self._num_heads * self.block_size)
 
-    def read(self, layer: int, slots: Tensor, scratch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Gather `slots` (N,) int64, repeats allowed, into the beginning of `scratch`.
+    def write(self, layer: int, places: Places, k: Tensor, v: Tensor) -> None:
+        """Store k and v (T, kv_heads, head_dim) at `places`, all different."""
+        rows = self._rows[layer]
+        rows.index_copy_(0, places.keys, k.reshape(-1, self._head_dim))
+        rows.index_copy_(0, places.values, v.reshape(-1, self._head_dim))
 
-        Returns k and v, each (N, kv_heads, head_dim); they are views of the scratch, good until its next use.
-        """
-        k, v = scratch[0][: len(slots)], scratch[1][: len(slots)]
-        torch.index_select(self._keys[layer], 0, slots, out=k)
-        torch.index_select(self._values[layer], 0, slots, out=v)
-        return k, v
+    def window(self, block_ids: Tensor) -> Window:
+        """What R sequences of as many blocks each read in a step: block_ids (R, B) int64, repeats allowed."""
+        heads = torch.arange(2 * self._num_heads, device=block_ids.device).view(2, 1, -1, 1)
+        pages = (block_ids[:, None] * (2 * self._num_heads) + heads).flatten()  # of (2, R, kv_heads, B)
+        if len(self._scratch) < len(pages):
+            self._scratch = self._pages[0].new_empty(2 * len(pages), self._scratch.shape[1])
+        gathered = self._scratch[: len(pages)]
+        k, v = gathered.view(2, len(block_ids) * self._num_heads, -1, self._head_dim).unbind(0)
+        return Window(pages, gathered, k, v)
+
+    def read(self, layer: int, window: Window) -> None:
+        """Gather a layer into `window.keys` and `window.values`. All windows share memory: one is good at a time."""
+        torch.index_select(self._pages[layer], 0, window.pages, out=window.gathered)

@@ -2,6 +2,8 @@
 
 Nothing else touches the engine. Event loops reach it by messages in an inbox, read before every step, and it reaches
 them by calls scheduled on them. So a step never waits for a reader, and a reader's leaving is known within a step.
+Nor does it wait for a grammar or an adapter: a call gets into the inbox when its grammar has been compiled and its
+adapter is in memory, on other threads.
 """
 
 from __future__ import annotations
@@ -12,18 +14,26 @@ import queue
 import threading
 import time
 from collections.abc import AsyncGenerator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 
 from omnilmm.engine.engine import Engine, EngineStats, Failed, Output, Tokens
+from omnilmm.engine.grammar import PARAM, GrammarCompiler, Matcher
 from omnilmm.engine.inbox import Abort, Drain, Fetch, Message, Request, Stop, Submit, Supply
+from omnilmm.engine.loading import AdapterLoader
 from omnilmm.engine.plan import Needs
+from omnilmm.engine.shelf import AdapterShelf, Loaded
 from omnilmm.engine.stream import Ending, TokenStream
-from omnilmm.errors import DeadlineExceeded, OmniError, Overloaded, ReplicaLost
+from omnilmm.errors import DeadlineExceeded, InvalidRequest, NotFound, OmniError, Overloaded, ReplicaLost
 from omnilmm.messages import GenerateCall, TokenBatch
 from omnilmm.observe import Observer, PrefillDone, Silent, StepRun
 from omnilmm.ports import Clock
 
 logger = logging.getLogger(__name__)
+
+NUM_COMPILERS = 2
+"""So that one bad schema, which may take seconds to be refused, does not keep the good ones waiting."""
 
 
 class EngineLoop:
@@ -31,6 +41,8 @@ class EngineLoop:
 
     Args:
         engine: from `start` to `stop` it belongs to the thread.
+        grammars: compiles the forms that answers may be asked to have; without it, such calls are refused.
+        adapters: the low-rank adapters that calls may name; without it, such calls are refused.
         flush_interval_s, max_batch_tokens: how tokens are bundled, see `stream`.
     """
 
@@ -38,12 +50,20 @@ class EngineLoop:
         self,
         engine: Engine,
         *,
+        grammars: GrammarCompiler | None = None,
+        adapters: AdapterShelf | None = None,
         observer: Observer | None = None,
         clock: Clock = time,
         flush_interval_s: float = 0.03,
         max_batch_tokens: int = 8,
     ) -> None:
         self._engine = engine
+        self._grammars = grammars
+        self._compilers = ThreadPoolExecutor(NUM_COMPILERS, thread_name_prefix="grammar")
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="adapter")
+        self._adapters: AdapterLoader | None = None
+        if adapters is not None:
+            self._adapters = AdapterLoader(adapters, gate=threading.Lock(), submit=self._reader.submit)
         self._observer = observer or Silent()
         self._clock = clock
         self._flush_interval_s = flush_interval_s
@@ -85,17 +105,26 @@ class EngineLoop:
         prefix holds them, each at most once. If it finds one nowhere, the stream ends with a batch that names it.
 
         Raises:
-            InvalidRequest, ContextLengthExceeded: the call is impossible.
-            Overloaded: too many calls wait, or the loop is draining.
+            InvalidRequest, ContextLengthExceeded: the call is impossible, or the form asked for cannot be followed.
+            NotFound: there is no adapter of that name.
+            Overloaded: too many calls wait, be it for a grammar, the loop is draining, or no adapter can be put away.
             DeadlineExceeded: `call.timeout_s` has passed.
             ReplicaLost: the loop was stopped.
             OmniError: this sequence, or the engine, has failed.
         """
+        ends_at = asyncio.get_running_loop().time() + call.timeout_s
+        matcher = await self._start_matcher(call)
         stream = TokenStream(flush_interval_s=self._flush_interval_s, max_batch_tokens=self._max_batch_tokens)
-        request = Request(call, fetch, stream)
-        self._post(Submit(request))
-        late = DeadlineExceeded("The answer could not be completed in time.")
-        deadline = stream.event_loop.call_later(call.timeout_s, self._cut_short, request, late)
+        adapter = await self._hold_adapter(call, ends_at)
+        if adapter is not None:
+            call = replace(call, adapter=adapter.key)  # blocks are told apart by what it is, not by its name
+        request = Request(call, fetch, stream, matcher, adapter)
+        try:
+            self._post(Submit(request))
+        except ReplicaLost:
+            self._let_go(request)
+            raise
+        deadline = stream.event_loop.call_at(ends_at, self._cut_short, request, _late())
         try:
             while (batch := await stream.take()) is not None:
                 yield batch
@@ -125,6 +154,8 @@ class EngineLoop:
             if self._is_open:
                 self._inbox.put(Stop())
                 self._is_open = False
+        self._compilers.shutdown(wait=False)  # what is left of it ends by itself
+        self._reader.shutdown(wait=False)
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -141,6 +172,36 @@ class EngineLoop:
             return self._is_open
 
     # -- on the event loop of a request ---------------------------------------------------------------
+
+    async def _start_matcher(self, call: GenerateCall) -> Matcher | None:
+        """The matcher that a call's grammar asks for, made on a thread that takes no steps."""
+        sampling = call.sampling
+        if sampling.grammar is None:
+            return None
+        if self._grammars is None:
+            raise InvalidRequest("This model cannot answer in a given form.", param=PARAM)
+        with self._gate:
+            if not self._is_open:
+                raise ReplicaLost("The decode replica has stopped.")
+            job = self._compilers.submit(
+                self._grammars.start, sampling.grammar, stop_ids=sampling.stop_ids, emitted=call.emitted
+            )
+        patience_s = self._grammars.limits.patience_s
+        try:
+            async with asyncio.timeout(min(patience_s, call.timeout_s)):
+                return await asyncio.wrap_future(job)
+        except TimeoutError:
+            if call.timeout_s <= patience_s:
+                raise _late() from None
+            raise Overloaded("Too many grammars wait to be compiled.", retry_after=1.0) from None
+
+    async def _hold_adapter(self, call: GenerateCall, ends_at: float) -> Loaded | None:
+        """The call's adapter, in memory and held for it; None if it names none."""
+        if call.adapter is None:
+            return None
+        if self._adapters is None:
+            raise NotFound("This model has no adapters.", param="model", code="model_not_found")
+        return await self._adapters.hold(call.adapter, ends_at=ends_at)
 
     def _receive(self, news: Iterable[tuple[Request, Output]]) -> None:
         for request, output in news:
@@ -208,6 +269,8 @@ class EngineLoop:
         self._stats = self._engine.stats()
         if self._engine.is_empty:
             self._engine.check_integrity()
+            if self._adapters is not None:
+                self._adapters.check_integrity()
             self._finish_draining()
 
     def _handle(self, message: Submit | Supply | Abort | Drain) -> None:
@@ -226,8 +289,10 @@ class EngineLoop:
         try:
             if self._is_draining:
                 raise Overloaded("The decode replica is about to stop.", retry_after=1.0)
-            ticket = self._engine.submit(request.call)
+            ranks = None if request.adapter is None else request.adapter.ranks
+            ticket = self._engine.submit(request.call, matcher=request.matcher, ranks=ranks)
         except OmniError as error:
+            self._let_go(request)
             self._tell([(request, Failed(-1, error))])
             return
         request.sequence_id = ticket.sequence_id
@@ -244,7 +309,7 @@ class EngineLoop:
         self._tell([(self._requests[output.sequence_id], output) for output in known])
         for output in known:
             if isinstance(output, Failed) or (isinstance(output, Tokens) and output.batch.finish is not None):
-                self._requests.pop(output.sequence_id, None)
+                self._forget(output.sequence_id)
         self._observe(outputs, seconds)
 
     def _observe(self, outputs: Sequence[Output], seconds: float) -> None:
@@ -279,7 +344,19 @@ class EngineLoop:
 
     def _abort(self, request: Request) -> None:
         self._engine.abort(request.sequence_id)
-        self._requests.pop(request.sequence_id, None)
+        self._forget(request.sequence_id)
+
+    def _forget(self, sequence_id: int) -> None:
+        """A sequence has ended."""
+        request = self._requests.pop(sequence_id, None)
+        if request is not None:
+            self._let_go(request)
+
+    def _let_go(self, request: Request) -> None:
+        """No step will use the adapter for this request."""
+        adapter, request.adapter = request.adapter, None
+        if adapter is not None and self._adapters is not None:
+            self._adapters.release(adapter)
 
     def _finish_draining(self) -> None:
         for drain in self._draining:
@@ -295,13 +372,19 @@ class EngineLoop:
             while True:
                 match self._inbox.get_nowait():
                     case Submit(request):
+                        self._let_go(request)
                         self._tell([(request, Failed(request.sequence_id, ending))])
                     case Drain() as drain:
                         self._draining.append(drain)
         self._tell([(request, Failed(request.sequence_id, ending)) for request in self._requests.values()])
-        self._requests.clear()
+        for sequence_id in list(self._requests):
+            self._forget(sequence_id)
         self._stats = self._engine.stats()
         self._finish_draining()
+
+
+def _late() -> DeadlineExceeded:
+    return DeadlineExceeded("The answer could not be completed in time.")
 
 
 def _resolve(done: asyncio.Future[None]) -> None:

@@ -31,6 +31,7 @@ class Draw:
     position: int  # of the new token in the generated text: the generator's counter, and what min_tokens counts
     generated: tuple[int, ...] = ()  # ids under presence and frequency penalty; empty where neither is on
     seen: tuple[int, ...] = ()  # ids under repetition penalty; empty where it is off
+    allowed: bytes | None = None  # the only ids it may be: byte i holds those from 8 * i on, lowest bit first
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ class Row:
     start: int  # position of the first; everything before it is in the pool already
     block_ids: tuple[int, ...]  # blocks of positions [0, start + len(ids)): where to read, and where to write
     pictures: tuple[PictureSlice, ...] = ()  # embeddings to use in place of those of the ids
+    ranks: range | None = None  # rank rows of the sequence's adapter in the pool; None for the model itself
     draw: Draw | None = None  # None where the chunk ends before the sequence does: nothing to draw yet
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from omnilmm.engine.kv import PagedKV
 from omnilmm.engine.plan import Drawn, PictureSlice, Plan, StepResult
 from omnilmm.engine.sampling import draw_tokens
 from omnilmm.errors import ConfigError, OmniError
+from omnilmm.models.adapters import AdapterPool, TokenRun
 from omnilmm.models.decoder import LanguageModel
 
 _DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -25,7 +27,12 @@ class ModelRunner:
     """
 
     def __init__(
-        self, model: LanguageModel, config: EngineConfig, *, attend_factory: AttendFactory = GatheredAttend
+        self,
+        model: LanguageModel,
+        config: EngineConfig,
+        *,
+        attend_factory: AttendFactory = GatheredAttend,
+        adapters: AdapterPool | None = None,
     ) -> None:
         if config.max_context > model.config.max_context:
             raise ConfigError(f"max_context is {config.max_context}, but the model has {model.config.max_context}")
@@ -33,6 +40,7 @@ class ModelRunner:
         self._model = model
         self._device, self._dtype = parameter.device, parameter.dtype
         self._attend_factory = attend_factory
+        self._adapters = adapters
         self._kv = PagedKV(config, model.config, dtype=self._dtype, device=self._device)
 
     @property
@@ -94,7 +102,16 @@ class ModelRunner:
                 begin = first + picture.offset
                 embeds[begin : begin + picture.count] = rows
         attend = self._attend_factory(batch, self._kv)
-        return self._model(embeds, batch.positions, attend)[batch.lasts]
+        with self._acting(batch):
+            return self._model(embeds, batch.positions, attend)[batch.lasts]
+
+    def _acting(self, batch: Batch) -> AbstractContextManager[None]:
+        """The adapters of a step's rows at work; nothing at all where there are none."""
+        if all(row.ranks is None for row in batch.rows):
+            return nullcontext()
+        assert self._adapters is not None, "rows with an adapter, and no pool to find it in"
+        runs = zip(batch.rows, batch.firsts, strict=True)
+        return self._adapters.acting([TokenRun(first, first + row.num_tokens, row.ranks) for row, first in runs])
 
     def _draw(self, batch: Batch, logits: Tensor, failures: Mapping[int, OmniError]) -> dict[int, Drawn]:
         """Draw for the rows that end their sequence and did not fail."""

@@ -2,9 +2,10 @@
 batch does not ask for: if every row is plainly greedy, one argmax is all there is.
 
 The order is that of omnilmm.messages.Sampling, and each filter gives what transformers' processor of that name gives
-(generation/logits_process.py). A random draw takes the number that belongs to (seed, position) and inverts the
-cumulative distribution, the most probable token first and equals by id: it depends on its own logits and on nothing
-else in the batch.
+(generation/logits_process.py). What a grammar does not allow is gone before the temperature, so that the filters
+share the probability out among the rest. A random draw takes the number that belongs to (seed, position) and inverts
+the cumulative distribution, the most probable token first and equals by id: it depends on its own logits and on
+nothing else in the batch.
 """
 
 from __future__ import annotations
@@ -56,16 +57,20 @@ def _adjust(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     _penalise_counts(scores, draws)
     _add_bias(scores, draws)
     _forbid_stopping(scores, draws)
+    _keep_allowed(scores, draws)
     return scores
 
 
 def _is_adjusted(draw: Draw) -> bool:
     is_kept_going = draw.position < draw.sampling.min_tokens
-    return bool(draw.seen or draw.generated or draw.sampling.logit_bias or is_kept_going)
+    is_formed = draw.allowed is not None
+    return bool(draw.seen or draw.generated or draw.sampling.logit_bias or is_kept_going or is_formed)
 
 
 def _penalise_repetition(scores: Tensor, draws: Sequence[Draw]) -> None:
     """Make every seen id less likely: positive scores are divided, negative ones multiplied (Keskar et al. 2019)."""
+    if not any(draw.seen for draw in draws):
+        return
     places, _ = _places(scores, [draw.seen for draw in draws])
     penalties = _per_place(places, scores, [draw.sampling.repetition_penalty for draw in draws])
     flat = scores.view(-1)
@@ -75,6 +80,8 @@ def _penalise_repetition(scores: Tensor, draws: Sequence[Draw]) -> None:
 
 def _penalise_counts(scores: Tensor, draws: Sequence[Draw]) -> None:
     """Subtract OpenAI's two penalties: one for having been generated at all, one for each time."""
+    if not any(draw.generated for draw in draws):
+        return
     places, counts = _places(scores, [draw.generated for draw in draws])
     presence = _per_place(places, scores, [draw.sampling.presence_penalty for draw in draws])
     frequency = _per_place(places, scores, [draw.sampling.frequency_penalty for draw in draws])
@@ -90,9 +97,27 @@ def _add_bias(scores: Tensor, draws: Sequence[Draw]) -> None:
 
 
 def _forbid_stopping(scores: Tensor, draws: Sequence[Draw]) -> None:
-    stops = [draw.sampling.stop_ids if draw.position < draw.sampling.min_tokens else () for draw in draws]
-    places, _ = _places(scores, stops)
-    scores.view(-1)[places] = -torch.inf
+    """Rows with `allowed` are left out: there min_tokens has had its say, and may have to yield."""
+    is_kept = [draw.allowed is None and draw.position < draw.sampling.min_tokens for draw in draws]
+    if any(is_kept):
+        stops = [draw.sampling.stop_ids if kept else () for draw, kept in zip(draws, is_kept, strict=True)]
+        places, _ = _places(scores, stops)
+        scores.view(-1)[places] = -torch.inf
+
+
+def _keep_allowed(scores: Tensor, draws: Sequence[Draw]) -> None:
+    """Forbid what the masks of some rows do not allow, all at once."""
+    masks = {row: draw.allowed for row, draw in enumerate(draws) if draw.allowed is not None}
+    if not masks:
+        return
+    packed = np.frombuffer(b"".join(masks.values()), dtype=np.uint8).reshape(len(masks), -1)
+    bits = np.unpackbits(~packed, axis=-1, count=scores.shape[-1], bitorder="little")  # (M, vocab)
+    forbidden = torch.from_numpy(bits).view(torch.bool).to(scores.device)
+    if len(masks) == len(scores):
+        scores.masked_fill_(forbidden, -torch.inf)
+    else:
+        rows = torch.tensor(list(masks), device=scores.device)
+        scores[rows] = scores[rows].masked_fill_(forbidden, -torch.inf)
 
 
 def _places(scores: Tensor, ids_by_row: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -162,7 +187,8 @@ class _Top:
         mass = values.double().exp()  # (R, width)
         everything = scaled.logsumexp(dim=-1, keepdim=True).double().exp()  # (R, 1)
         # topk picks any of the equals it cuts through: only what is above the last one is sure to belong here.
-        is_inside = (values > values[:, -1:]) | (width == scaled.shape[-1])
+        # Of forbidden tokens, there may be any number outside: nothing depends on them.
+        is_inside = (values > values[:, -1:]) | values.isneginf() | (width == scaled.shape[-1])
 
         has_top_k, has_top_p, has_min_p = filters.top_k > 0, filters.top_p < 1.0, filters.min_p > 0.0
         kth = filters.top_k.clamp(1, width) - 1

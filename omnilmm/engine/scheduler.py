@@ -72,6 +72,9 @@ class Scheduler:
     def num_waiting(self) -> int:
         return sum(len(queue) for queue in self._queues.values())
 
+    def num_waiting_of(self, priority: Priority) -> int:
+        return len(self._queues[priority])
+
     # -- in and out -----------------------------------------------------------------------------------
 
     def submit(self, sequence: Sequence) -> None:

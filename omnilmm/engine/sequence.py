@@ -7,7 +7,7 @@ The positions of a sequence fall into intervals with one owner each:
     |               |   any step             |  picture not yet here |
 
 A new token is drawn when a step pays the last one owed; it is then owed itself. Preemption moves `num_computed`
-back to 0 and changes nothing else, so the tokens that follow are the same.
+back to 0 and changes nothing else, so the tokens that follow are the same. A matcher, too, stays where it is.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections import abc
 from enum import IntEnum
 
 from omnilmm.engine.blocks import block_digest, root_digest
+from omnilmm.engine.grammar import Matcher
 from omnilmm.engine.pictures import Pictures
 from omnilmm.engine.plan import Draw, Row
 from omnilmm.messages import FinishReason, GenerateCall, Prefill, Priority
@@ -44,9 +45,22 @@ FINISH_REASONS: abc.Mapping[Status, FinishReason] = {
 
 
 class Sequence:
-    """State of one request. Ids count submissions, so the lower of two came first."""
+    """State of one request. Ids count submissions, so the lower of two came first.
 
-    def __init__(self, sequence_id: int, call: GenerateCall, *, block_size: int, submitted_at: float) -> None:
+    `matcher` stands behind the call's emitted tokens; None where the answer may have any form. `ranks` are the rows of
+    the call's adapter, which stay its own until the sequence has ended.
+    """
+
+    def __init__(
+        self,
+        sequence_id: int,
+        call: GenerateCall,
+        *,
+        block_size: int,
+        submitted_at: float,
+        matcher: Matcher | None = None,
+        ranks: range | None = None,
+    ) -> None:
         self.id = sequence_id
         self.call = call
         self.submitted_at = submitted_at
@@ -56,6 +70,8 @@ class Sequence:
         self.block_ids: list[int] = []
         self.has_started = False  # it has run before, be it waiting again now
         self._prefill: Prefill | None = None
+        self._matcher = matcher
+        self._ranks = ranks
         self._block_size = block_size
         self._ids = [*call.prompt.ids, *call.emitted]
         self._digests = [root_digest(call.scope, call.adapter)]  # the root, then one per full block
@@ -86,10 +102,16 @@ class Sequence:
         return len(self._ids) - self.num_prompt
 
     def append(self, token_id: int) -> None:
-        """Add a drawn token; the sequence may be finished afterwards."""
+        """Add a drawn token; the sequence may be finished afterwards.
+
+        Raises:
+            InvalidRequest: it cannot be found out how the answer's form goes on.
+        """
         assert self.status is Status.RUNNING, "only a running sequence draws"
         self._ids.append(token_id)
         self._finish_if_done()
+        if self._matcher is not None and not self.status.is_finished:
+            self._matcher.advance([token_id])
 
     def _finish_if_done(self) -> None:
         # The context cannot run out first: a call is admitted only if its prompt and max_tokens fit together.
@@ -174,6 +196,7 @@ class Sequence:
             start=start,
             block_ids=tuple(self.block_ids[: -(-end // self._block_size)]),
             pictures=tuple(self.pictures.slices(start, end)),
+            ranks=self._ranks,
             draw=self._draw() if end == self.num_tokens else None,
         )
 
@@ -181,10 +204,12 @@ class Sequence:
         sampling = self.call.sampling
         counts = sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
         repeats = sampling.repetition_penalty != 1.0
+        may_stop = self.num_generated >= sampling.min_tokens
         generated = tuple(self._ids[self.num_prompt :]) if counts or repeats else ()
         return Draw(
             sampling=sampling,
             position=self.num_generated,
             generated=generated if counts else (),
             seen=self.call.prompt.penalty_ids + generated if repeats else (),
+            allowed=None if self._matcher is None else self._matcher.mask(may_stop=may_stop),
         )

@@ -43,6 +43,28 @@ def attention_sdpa(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tenso
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
 
 
+def attention_products(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None = None) -> Tensor:
+    """Attention as two batched matrix products with a softmax between them, as the reference has it.
+
+    On CPU one product over all heads is several times faster than torch's fused kernel, which multiplies head by head:
+    for a few queries a head as well as for a hundred. The scores exist as a whole, so the caller cuts long runs of
+    queries into pieces.
+
+    Args:
+        q: (kv_heads, groups, num_queries, head_dim): the heads that share keys and values side by side.
+        k, v: (kv_heads, num_keys, head_dim).
+        mask: of q's dtype, broadcast to (kv_heads, groups, num_queries, width), added to the scores of the last
+            `width` keys: 0 or -inf.
+
+    Returns:
+        As q.
+    """
+    scores = torch.baddbmm(q.new_empty(1), q.flatten(1, 2), k.transpose(1, 2), beta=0, alpha=scale)
+    if mask is not None:
+        scores.view(*q.shape[:3], -1)[..., -mask.shape[-1] :] += mask
+    return torch.bmm(scores.softmax(dim=-1), v).view(q.shape)  # scores: (kv_heads, groups * num_queries, num_keys)
+
+
 def causal_mask(num_queries: int, num_keys: int, device: torch.device) -> Tensor:
     """(num_queries, num_keys) bool: the queries are the last of the keys, and each sees itself and all before it."""
     full = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device)

@@ -7,6 +7,8 @@ MiniCPM differs by three scales (embedding, residual branches, logits), which ar
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -61,11 +63,19 @@ class LanguageModel(nn.Module):
         self.norm = RMSNorm(config.hidden, config.norm_eps)
         if not config.is_tied:
             self.head = nn.Linear(config.hidden, config.vocab_size, bias=False)
+        self._unembed: Callable[[Tensor], Tensor] | None = None
 
     @property
     def output_matrix(self) -> Tensor:
         """(vocab_size, hidden): the input embedding itself where the two are tied."""
         return self.embedding.weight if self.config.is_tied else self.head.weight
+
+    def replace_head(self, unembed: Callable[[Tensor], Tensor]) -> None:
+        """From now on this makes scores of hidden states, (N, hidden) -> (N, vocab_size). An output matrix of the
+        model's own is given up."""
+        self._unembed = unembed
+        if not self.config.is_tied:
+            del self.head
 
     def derive_tables(self) -> None:
         """Make the rotary tables: needed once after a model built without memory was given some."""
@@ -97,4 +107,6 @@ class LanguageModel(nn.Module):
         """Scores of the next token: (N, hidden) from `forward` -> (N, vocab_size) float32."""
         if self.config.logit_divisor != 1.0:
             hidden = hidden / self.config.logit_divisor
+        if self._unembed is not None:
+            return self._unembed(hidden).float()
         return functional.linear(hidden, self.output_matrix).float()

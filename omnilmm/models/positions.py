@@ -32,7 +32,8 @@ class Rotary(nn.Module):
     """Rotary position embedding (Su et al. 2021) in Llama's layout: element i is turned with element i + half.
 
     The tables are made once for `max_context` positions, in float32, and then follow the module's dtype, as
-    transformers rounds them too.
+    transformers rounds them too. They are as wide as a head, and the sines of its first half are negative already, so
+    that a turn is two products and a sum.
     """
 
     cos: Tensor
@@ -41,8 +42,8 @@ class Rotary(nn.Module):
     def __init__(self, head_dim: int, *, theta: float, max_context: int) -> None:
         super().__init__()
         self.head_dim, self.theta, self.max_context = head_dim, theta, max_context
-        self.register_buffer("cos", torch.empty(max_context, head_dim // 2), persistent=False)
-        self.register_buffer("sin", torch.empty(max_context, head_dim // 2), persistent=False)
+        self.register_buffer("cos", torch.empty(max_context, head_dim), persistent=False)
+        self.register_buffer("sin", torch.empty(max_context, head_dim), persistent=False)
         self.derive_tables()
 
     def derive_tables(self) -> None:
@@ -52,16 +53,16 @@ class Rotary(nn.Module):
         frequencies = 1.0 / self.theta**exponents  # (half,)
         positions = torch.arange(self.max_context, dtype=torch.float32, device=device)
         angles = positions[:, None] * frequencies  # (max_context, half)
-        self.cos.copy_(angles.cos())
-        self.sin.copy_(angles.sin())
+        cos, sin = angles.cos(), angles.sin()
+        self.cos.copy_(torch.cat((cos, cos), dim=-1))
+        self.sin.copy_(torch.cat((-sin, sin), dim=-1))
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines at `positions` (T,), each (T, 1, half): ready to meet (T, heads, half)."""
+        """Cosines and sines at `positions` (T,), each (T, 1, head_dim): ready to meet (T, heads, head_dim)."""
         return self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
 
 
 def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     """Turn x (T, heads, head_dim) by what Rotary gave for its T positions."""
     cos, sin = angles
-    first, second = x.chunk(2, dim=-1)  # each (T, heads, half)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin

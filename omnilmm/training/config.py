@@ -71,23 +71,25 @@ class JsonlConfig:
 class ScenesConfig:
     """Synthetic pictures, made as they are needed and never twice.
 
-    `conversations` per picture; `grounding` is the weight of the additional loss; `sight` is the share of the run, at
-    its beginning, in which nothing is asked and the encoder alone learns, from the grounding; `ramp` is the share
-    after that over which scenes grow from one thing to all kinds; `held_out` is the number of pictures for evaluation.
+    `conversations` per picture; `grounding` is the weight of the additional loss; `sight` is the number of steps, at
+    the beginning, in which nothing is asked and the encoder alone learns, from the grounding; `encoder_rate` is the
+    factor on its learning rate after them; `ramp` is the number of steps after them over which scenes grow from one
+    thing to all kinds; `held_out` is the number of pictures for evaluation.
     """
 
     seed: int = 0
     conversations: int = 8
     grounding: float = 1.0
-    sight: float = 0.0
-    ramp: float = 0.1
+    sight: int = 0
+    encoder_rate: float = 1.0
+    ramp: int = 0
     held_out: int = 100
 
     def __post_init__(self) -> None:
         if self.conversations < 1 or self.held_out < 1:
             raise ConfigError("conversations and held_out must be at least 1.", param="scenes")
-        if min(self.ramp, self.sight, self.grounding) < 0 or self.sight + self.ramp > 1:
-            raise ConfigError("sight and ramp are shares of the run, and grounding is not below 0.", param="scenes")
+        if min(self.ramp, self.sight, self.grounding, self.encoder_rate) < 0:
+            raise ConfigError("sight, ramp, grounding and encoder_rate are not below 0.", param="scenes")
         if self.sight and not self.grounding:
             raise ConfigError("Without grounding there is nothing to learn by sight.", param="scenes.sight")
 

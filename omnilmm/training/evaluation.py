@@ -45,7 +45,7 @@ class HeldOutLoss:
         loss = right = total = 0.0
         for start in range(0, self._num_rows, self._batch):
             stop = min(start + self._batch, self._num_rows)
-            batch = collate([self._source.row(index, 1.0) for index in range(start, stop)])
+            batch = collate([self._source.row(index, 0) for index in range(start, stop)])
             losses = learner(batch)
             loss += float(losses.answers)
             right += float(losses.num_right)

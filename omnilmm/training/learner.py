@@ -16,7 +16,7 @@ from omnilmm.models.config import ModelConfig
 from omnilmm.models.decoder import LanguageModel
 from omnilmm.models.vision import ImageEncoder
 from omnilmm.models.weights import load_encoder, load_language_model
-from omnilmm.training.attend import RowAttend
+from omnilmm.training.attend import PlainProducts, RowAttend
 from omnilmm.training.config import Learning, LoraConfig
 from omnilmm.training.grounding import Grounding
 from omnilmm.training.lora import Adapter
@@ -65,8 +65,11 @@ class Learner(nn.Module):
 
     def encode(self, squares: Tensor) -> Tensor:
         """(P, side, side, 3) uint8 -> (P, num_query, hidden)."""
-        weight = self.encoder.vision.patch_embed.weight
-        return self.encoder(normalised(squares.to(self.device), self.policy).to(weight.dtype))
+        pixels = normalised(squares.to(self.device), self.policy).to(self.encoder.vision.patch_embed.weight.dtype)
+        if self.device.type != "cpu":
+            return self.encoder(pixels)
+        with PlainProducts():
+            return self.encoder(pixels)
 
     def embed(self, batch: Batch, vectors: Tensor | None) -> Tensor:
         """(T, hidden): the tokens' own vectors, and those of the pictures in their places."""

@@ -29,7 +29,7 @@ class Optimiser:
         described: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
         for (for_muon, part, decays), parameters in groups.items():
             decay, factor = config.weight_decay if decays else 0.0, config.part_rates.get(part, 1.0)
-            described[for_muon].append({"params": parameters, "weight_decay": decay, "factor": factor})
+            described[for_muon].append({"params": parameters, "weight_decay": decay, "factor": factor, "part": part})
         self._learner = learner
         self._members: list[torch.optim.Optimizer] = []
         if described[False]:
@@ -47,10 +47,10 @@ class Optimiser:
         for member in self._members:
             member.zero_grad(set_to_none=True)
 
-    def step(self, rate: float) -> None:
+    def step(self, rate: float, *, encoder_rate: float = 1.0) -> None:
         """One step at this learning rate, times the factor of each part."""
         for group in self.groups:
-            group["lr"] = rate * group["factor"]
+            group["lr"] = rate * group["factor"] * (encoder_rate if group["part"] in _ENCODER else 1.0)
         for member in self._members:
             member.step()
 
@@ -73,6 +73,7 @@ class Optimiser:
 
 
 _TABLES = ("embedding.weight", "query", "class_token")
+_ENCODER = (Learning.VISION, Learning.RESAMPLER)
 _INNER = (Learning.VISION, Learning.RESAMPLER, Learning.LLM)
 
 

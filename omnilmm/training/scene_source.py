@@ -10,19 +10,21 @@ from omnilmm.image.transform import squash
 from omnilmm.messages import Conversation, ImagePart, TextPart, Turn
 from omnilmm.training.config import ScenesConfig
 from omnilmm.training.rows import Row, make_row
-from omnilmm.training.scenes import FACTS, GRID, Split, generator, make_scene
+from omnilmm.training.scenes import FACTS, GRID, Split, generator, make_full_scene, make_scene
 from omnilmm.training.scenes_ask import Talk, ask
 from omnilmm.training.scenes_draw import Scenery, draw, facts
 from omnilmm.training.sequences import Sequence, SequenceMaker
 
-SIDES = (168, 196, 224, 280)
+SIDES = (140, 168, 196, 224)
 """Longer sides, in pixels, that pictures are drawn with before they are brought to the tower's square."""
 
 _SEQUENCE_CACHE_BYTES = 256 << 20
 
 
 class SceneSource:
-    """Scenes of the split TRAIN without end. Row n shows scene n and nothing else decides it but how far the run is.
+    """Scenes of the split TRAIN without end. Row n shows scene n and nothing else decides it but the step.
+
+    While the encoder learns by sight alone, four rows in five are scenes full of things or letters.
 
     Args:
         maker: of the model that learns.
@@ -41,13 +43,17 @@ class SceneSource:
             raise ConfigError(f"To learn by sight a model needs {GRID**2} vectors a picture.", param="scenes.sight")
         self._encoded: MemoryTier[tuple[Sequence, ...]] = MemoryTier(_SEQUENCE_CACHE_BYTES)
 
-    def row(self, index: int, done: float) -> Row:
+    def row(self, index: int, step: int) -> Row:
         settings = self._settings
-        only_sees, grown = done < settings.sight, done - settings.sight
-        level = round(grown / settings.ramp, 2) if 0 <= grown < settings.ramp else 1.0
-        scene = make_scene(Split.TRAIN, settings.seed, index, level=level)
-        num = 0 if only_sees else settings.conversations
-        talks = ask(scene, Split.TRAIN, settings.seed, index, num=num)
+        grown = step - settings.sight
+        talks: tuple[Talk, ...] = ()
+        if grown < 0 and index % 5:
+            scene = make_full_scene(settings.seed, index)
+        else:
+            level = round(grown / settings.ramp, 2) if 0 <= grown < settings.ramp else 1.0
+            scene = make_scene(Split.TRAIN, settings.seed, index, level=level)
+            if grown >= 0:
+                talks = ask(scene, Split.TRAIN, settings.seed, index, num=settings.conversations)
         picture = draw(scene, self._scenery, side=generator("side", settings.seed, index).choice(SIDES))
         square = np.frombuffer(squash(picture, self._side), np.uint8).reshape(self._side, self._side, 3)
         return make_row(

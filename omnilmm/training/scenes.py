@@ -17,11 +17,13 @@ from enum import StrEnum
 SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond", "cross", "ring")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "black", "white")
 SIZES = ("small", "large")
-RADII: Mapping[str, tuple[float, float]] = {"small": (0.075, 0.095), "large": (0.13, 0.17)}
+RADII: Mapping[str, tuple[float, float]] = {"small": (0.085, 0.1), "large": (0.14, 0.175)}
 """From the centre to the rim, as a share of the picture's shorter side."""
 
 CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 GRID = 8
+BORDER = 0.1
+"""No centre of a thing is nearer to the border of its cell, in cells, so that it is plain in which one it lies."""
 FACTS = (*SHAPES, *COLOURS, *SIZES, *CHARACTERS)
 """What can be told of a cell of the GRID x GRID grid, in the order of `facts`."""
 
@@ -79,15 +81,21 @@ class Writing:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """`texture` names the background (`scenes_draw`), `noise` seeds everything random in drawing it."""
+    """`texture` names the background (`scenes_draw`), `noise` seeds everything random in drawing it. Scenes that are
+    asked about have one writing at most."""
 
     things: tuple[Thing, ...]
-    writing: Writing | None
+    writings: tuple[Writing, ...]
     texture: str
     noise: int
     width: float = 1.0  # relative to the height
 
+    @property
+    def writing(self) -> Writing | None:
+        return self.writings[0] if self.writings else None
 
+
+WIDTHS = (1.0, 1.0, 1.0, 4 / 3, 3 / 4)
 TEXTURES: Mapping[str, float] = {"plain": 0.4, "gradient": 0.15, "grain": 0.15, "stripes": 0.08, "photo": 0.22}
 
 
@@ -121,7 +129,7 @@ def make_scene(split: Split, seed: int, index: int, *, level: float = 1.0) -> Sc
         layouts = tuple(name for name in layouts if name not in ("empty", "writing"))
     layout = rng.choices(layouts, [LAYOUTS[name][0] for name in layouts])[0]
     kinds = LAYOUTS[layout][1](rng, _Pairs(rng, split))
-    width = rng.choice((1.0, 1.0, 1.0, 4 / 3, 3 / 4))
+    width = rng.choice(WIDTHS)
     writing = _writing(rng, split) if layout == "writing" else None
     things = _placed(rng, kinds, width, writing)
     for _ in range(8):
@@ -131,8 +139,30 @@ def make_scene(split: Split, seed: int, index: int, *, level: float = 1.0) -> Sc
     simple = {"plain": 1.0} if level < 0.3 else TEXTURES
     return Scene(
         things=things,
-        writing=writing,
+        writings=() if writing is None else (writing,),
         texture=rng.choices(tuple(simple), tuple(simple.values()))[0],
+        noise=rng.getrandbits(32),
+        width=width,
+    )
+
+
+def make_full_scene(seed: int, index: int) -> Scene:
+    """Full of things of many kinds, or of lines of any letters and digits: there is several times as much to see as in
+    a scene that questions can be asked about. Pairs that are held out are missing here too."""
+    rng = generator("full", seed, index)
+    width = rng.choice(WIDTHS)
+    kinds: list[_Kind] = []
+    writings: tuple[Writing, ...] = ()
+    if rng.random() < 0.45:
+        lines = rng.choice(((0.2, 0.5, 0.8), (0.17, 0.47, 0.77), (0.23, 0.53, 0.83), (0.3, 0.7)))
+        writings = tuple(_line(rng, y) for y in lines)
+    else:
+        pairs = _Pairs(rng, Split.TRAIN)
+        kinds = [(*pairs.draw(), rng.choice(SIZES)) for _ in range(rng.randint(5, 12))]
+    return Scene(
+        things=_placed(rng, kinds, width, None),
+        writings=writings,
+        texture=rng.choices(tuple(TEXTURES), tuple(TEXTURES.values()))[0],
         noise=rng.getrandbits(32),
         width=width,
     )
@@ -221,8 +251,21 @@ def _writing(rng: random.Random, split: Split) -> Writing:
         text = "".join(rng.choices(CHARACTERS[10:], k=rng.randint(2, 5)))
     else:
         text = rng.choice([word for word in WORDS.split() if is_word_held_out(word) == (split is not Split.TRAIN)])
-    x, y, height = rng.uniform(0.4, 0.6), rng.uniform(0.25, 0.75), rng.uniform(0.2, 0.27)
+    x, y, height = rng.uniform(0.4, 0.6), _row(rng.uniform(0.25, 0.75)), rng.uniform(0.2, 0.27)
     return Writing(text, x=x, y=y, height=height, font=rng.getrandbits(16))
+
+
+def _row(y: float) -> float:
+    """A height near this one, clear of the border between two cells."""
+    return (math.floor(y * GRID) + min(max(y * GRID % 1, 2 * BORDER), 1 - 2 * BORDER)) / GRID
+
+
+def _line(rng: random.Random, y: float) -> Writing:
+    """Any letters or any digits."""
+    digits, letters = CHARACTERS[:10], CHARACTERS[10:]
+    text = "".join(rng.choices(digits if rng.random() < 0.4 else letters, k=rng.randint(3, 5)))
+    x, height = rng.uniform(0.42, 0.58), rng.uniform(0.2, 0.27)
+    return Writing(text, x, _row(y + rng.uniform(-0.02, 0.02)), height, rng.getrandbits(16))
 
 
 # -- where it is ----------------------------------------------------------------------------------------
@@ -236,14 +279,21 @@ def _placed(rng: random.Random, kinds: list[_Kind], width: float, writing: Writi
     for colour, shape, size in sorted(kinds, key=lambda kind: kind[2]):  # large ones first
         radius = rng.uniform(*RADII[size])
         rim_x, rim_y = radius * short / width, radius * short
-        for _ in range(40):
+        for _ in range(60):
             x, y = rng.uniform(rim_x + 0.02, 0.98 - rim_x), rng.uniform(rim_y + 0.02, 0.98 - rim_y)
+            if min(_to_border(x), _to_border(y)) < BORDER:
+                continue
             thing = Thing(shape, colour, size, x, y, radius, turn=0.0)
             if _is_clear_of_writing(thing, writing, width) and all(_are_apart(thing, b, width) for b in placed):
                 placed.append(replace(thing, turn=rng.uniform(-12, 12)))
                 break
     rng.shuffle(placed)
     return tuple(placed)
+
+
+def _to_border(place: float) -> float:
+    """How far it is from here to the next border between cells, in cells."""
+    return abs(place * GRID - round(place * GRID))
 
 
 def _is_clear_of_writing(thing: Thing, writing: Writing | None, width: float) -> bool:

@@ -45,10 +45,9 @@ class _Asker:
     # -- single questions ---------------------------------------------------------------------------
 
     def what(self) -> Talk | None:
-        if len(self._things) == 1 and self._rng.random() < 0.5:
-            (only,) = self._things
-            question = self._pick(self._say.what_is_there)
-            return (self._exchange(Kind.WHAT, question, self._say.there_is(only.colour, only.shape), only),)
+        is_plain = self._scene.writing is None and len({thing.kind for thing in self._things}) == len(self._things)
+        if is_plain and len(self._things) <= 3 and self._rng.random() < 0.5:
+            return (self._what_is_there(),)
         thing = self._named_by("colour")
         if thing is None:
             return None
@@ -168,9 +167,7 @@ class _Asker:
         if thing is None:
             return None
         question = self._pick(self._say.is_there).format(self._say.a(None, thing.shape))
-        opening = self._yes_or_no(
-            Kind.EXISTS, question, True, self._say.there_is(None, thing.shape, yes=True), _truth(thing)
-        )
+        opening = self._yes_or_no(Kind.EXISTS, question, True, self._say.there_is(None, thing.shape), _truth(thing))
         about = self._rng.choice(("colour", "size", "where"))
         if about == "where":
             place = place_of(thing)
@@ -196,6 +193,16 @@ class _Asker:
         )
 
     # -- exchanges ------------------------------------------------------------------------------------
+
+    def _what_is_there(self) -> Exchange:
+        """Everything, from left to right."""
+        question = self._pick(self._say.what_is_there)
+        if not self._things:
+            return self._stated(Kind.WHAT, question, self._say.nothing, {"no"})
+        kinds = [thing.kind for thing in sorted(self._things, key=lambda thing: thing.x)]
+        phrases = tuple(frozenset({f"colour {colour}", f"shape {shape}"}) for colour, shape in kinds)
+        answer = self._say.there_are_these(kinds)
+        return Exchange(Kind.WHAT, self._say.language, question, answer, frozenset(), frozenset(), phrases)
 
     def _colour(self, thing: Thing) -> Exchange:
         name = self._say.the(thing.shape)
@@ -233,7 +240,7 @@ class _Asker:
         asked = None if by_shape_only else colour
         question = self._pick(self._say.is_there).format(self._say.a(asked, shape))
         answer = (
-            self._say.there_is(asked, shape, yes=True)
+            self._say.there_is(asked, shape)
             if wanted
             else self._say.there_is_no(colour=asked, shape=shape, yes_or_no=True)
         )

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from omnilmm.config import ImageLimits, InputHandling
 from omnilmm.image.transform import decode
-from omnilmm.training.scenes import FACTS, GRID, Scene, Thing, Writing
+from omnilmm.training.scenes import BORDER, FACTS, GRID, Scene, Thing, Writing
 
 RGB = tuple[int, int, int]
 
@@ -104,9 +105,9 @@ def draw(scene: Scene, scenery: Scenery, *, side: int) -> Image.Image:
     rims = scene.texture in ("photo", "stripes") or rng.random() < 0.25
     for thing in scene.things:
         _draw_thing(pen, thing, (width, height), rng, has_rim=rims)
-    if scene.writing is not None:
-        rim = round(min(width, height) / 90) if scene.texture in ("photo", "stripes") else 0
-        _write(pen, scene.writing, _font(scene.writing, (width, height), scenery)[0], mean, rim=rim)
+    rim = round(min(width, height) / 90) if scene.texture in ("photo", "stripes") else 0
+    for writing in scene.writings:
+        _write(pen, writing, scenery, mean, rim=rim)
     return image
 
 
@@ -116,29 +117,31 @@ def draw(scene: Scene, scenery: Scenery, *, side: int) -> Image.Image:
 def _ground(
     scene: Scene, scenery: Scenery, rng: np.random.Generator, size: tuple[int, int]
 ) -> tuple[Image.Image, np.ndarray]:
-    """A background of `size` (width, height) on which everything shown stands out, and its mean colour."""
-    texture, (width, height) = scene.texture, size
+    """A background of `size` (width, height) on which everything shown stands out, and its mean colour. It is made at
+    half the size: it took most of the time that drawing takes."""
+    texture, width, height = scene.texture, (size[0] + 1) // 2, (size[1] + 1) // 2
     base = _ground_colour(rng, {PAINT[thing.colour] for thing in scene.things})
+    pixels = np.empty((height, width, 3), np.float32)
+    pixels[:] = base
     if texture == "photo" and scenery.photographs:
-        pixels = _photograph(scenery.photographs[int(rng.integers(len(scenery.photographs)))], width, height, rng)
-        pixels = pixels * 0.45 + base * 0.55
+        photograph = scenery.photographs[int(rng.integers(len(scenery.photographs)))]
+        pixels *= 0.55
+        pixels += np.float32(0.45) * _part(photograph, width, height, rng)
     elif texture == "gradient":
         other = np.clip(base + rng.uniform(-38, 38, 3), 0, 255)
         along = rng.uniform(0, 2 * math.pi)
         xs, ys = np.linspace(-1, 1, width), np.linspace(-1, 1, height)[:, None]
-        share = np.clip(0.5 + 0.35 * (math.cos(along) * xs + math.sin(along) * ys), 0, 1)[..., None]
-        pixels = base * (1 - share) + other * share
+        share = np.clip(0.5 + 0.35 * (math.cos(along) * xs + math.sin(along) * ys), 0, 1).astype(np.float32)
+        pixels += share[..., None] * (other - base).astype(np.float32)
     elif texture == "stripes":
-        step = int(rng.integers(8, 30)) * max(1, height // 224)
+        step = int(rng.integers(4, 15)) * max(1, height // 112)
         bands = (np.add.outer(np.arange(height) * int(rng.integers(0, 2)), np.arange(width)) // step) % 2
-        pixels = base + (bands * rng.uniform(10, 24))[..., None]
-    else:
-        pixels = np.broadcast_to(base, (height, width, 3)).copy()
+        pixels += (bands * rng.uniform(10, 24)).astype(np.float32)[..., None]
     if texture == "grain" or rng.random() < 0.2:
         coarse = rng.normal(0, rng.uniform(4, 16), (56, 56)).astype(np.float32)
-        pixels = pixels + np.asarray(Image.fromarray(coarse).resize((width, height)))[..., None]
-    image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
-    return image, pixels.mean((0, 1))
+        pixels += np.asarray(Image.fromarray(coarse).resize((width, height)))[..., None]
+    image = Image.fromarray(np.clip(pixels, 0, 255, out=pixels).astype(np.uint8))
+    return image.resize(size, Image.Resampling.BILINEAR), pixels.reshape(-1, 3)[::7].mean(0)
 
 
 def _ground_colour(rng: np.random.Generator, shown: set[RGB]) -> np.ndarray:
@@ -150,14 +153,14 @@ def _ground_colour(rng: np.random.Generator, shown: set[RGB]) -> np.ndarray:
     return np.clip(np.array(base, np.float64) + rng.uniform(-8, 8, 3), 0, 255)
 
 
-def _photograph(photograph: np.ndarray, width: int, height: int, rng: np.random.Generator) -> np.ndarray:
-    """A random part of it, (height, width, 3) float."""
+def _part(photograph: np.ndarray, width: int, height: int, rng: np.random.Generator) -> np.ndarray:
+    """A random part of it, (height, width, 3) uint8."""
     rows, columns = photograph.shape[:2]
     share = rng.uniform(0.4, 1.0)
     part_h, part_w = int(rows * share), int(columns * share)
     top, left = int(rng.integers(rows - part_h + 1)), int(rng.integers(columns - part_w + 1))
     part = Image.fromarray(photograph[top : top + part_h, left : left + part_w])
-    return np.asarray(part.resize((width, height)), np.float64)
+    return np.asarray(part.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=2.0))
 
 
 # -- things ---------------------------------------------------------------------------------------------
@@ -231,28 +234,42 @@ def _turned(points: np.ndarray, degrees: float) -> list[tuple[float, float]]:
 
 
 _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+PITCH = 1.04 / GRID
+"""Least distance between the middles of neighbouring characters, as a share of the picture's width."""
 
 
-def _write(pen: ImageDraw.ImageDraw, writing: Writing, font: _Font, ground: np.ndarray, *, rim: int) -> None:
+def _write(pen: ImageDraw.ImageDraw, writing: Writing, scenery: Scenery, ground: np.ndarray, *, rim: int) -> None:
     """Dark on a light ground or the other way round; `rim` is the width of the contour in pixels."""
-    width, height = pen.im.size
     dark, light = (20, 20, 20), (245, 245, 245)
     ink, contour = (dark, light) if float(ground.mean()) > 128 else (light, dark)
-    place = (writing.x * width, writing.y * height)
-    pen.text(place, writing.text, fill=ink, font=font, anchor="mm", stroke_width=rim, stroke_fill=contour)
+    font, columns = _set(writing, pen.im.size, scenery)
+    _, top, _, bottom = font.getbbox("H", anchor="ls")
+    baseline = writing.y * pen.im.size[1] - (top + bottom) / 2
+    for character, x in zip(writing.text, columns, strict=True):
+        pen.text((x, baseline), character, fill=ink, font=font, anchor="ms", stroke_width=rim, stroke_fill=contour)
 
 
-def _font(writing: Writing, size: tuple[int, int], scenery: Scenery) -> tuple[_Font, float]:
-    """The font, no larger than fits a picture of this size, and the length of the text in pixels."""
+def _set(writing: Writing, size: tuple[int, int], scenery: Scenery) -> tuple[_Font, list[float]]:
+    """The font, no larger than fits a picture of this size, and the middle of every character in pixels. Narrow ones
+    are set apart, so that every character has a cell of its own, and none is centred on a border between two."""
     path = scenery.fonts[writing.font % len(scenery.fonts)]
     room = 2 * min(writing.x, 1 - writing.x) * size[0] * 0.96
     height = writing.height * min(size)
     while True:
         font = ImageFont.load_default(height) if path is None else ImageFont.truetype(str(path), height)
-        length = font.getlength(writing.text)
+        widths = [font.getlength(character) for character in writing.text]
+        gaps = [max((a + b) / 2, PITCH * size[0]) for a, b in pairwise(widths)]
+        length = widths[0] / 2 + sum(gaps) + widths[-1] / 2
         if length <= room or height < 4:
-            return font, length
+            first = writing.x * size[0] - length / 2 + widths[0] / 2
+            return font, [_inside_cell(x / size[0]) * size[0] for x in accumulate(gaps, initial=first)]
         height *= 0.9
+
+
+def _inside_cell(x: float) -> float:
+    """The next place from here that is not too near to the border of its cell."""
+    cell = math.floor(x * GRID)
+    return min(max(x, (cell + BORDER) / GRID), (cell + 1 - BORDER) / GRID)
 
 
 # -- what lies where ------------------------------------------------------------------------------------
@@ -265,13 +282,9 @@ def facts(scene: Scene, scenery: Scenery) -> np.ndarray:
         row, column = int(thing.y * GRID), int(thing.x * GRID)
         for fact in (thing.shape, thing.colour, thing.size):
             table[row, column, FACTS.index(fact)] = 1
-    if scene.writing is not None:
-        writing, width = scene.writing, round(256 * scene.width)
-        font, length = _font(writing, (width, 256), scenery)
-        row = int(writing.y * GRID)
-        for index, character in enumerate(writing.text):
-            before = font.getlength(writing.text[:index])
-            middle = before + font.getlength(character) / 2
-            column = int((writing.x + (middle - length / 2) / width) * GRID)
-            table[row, min(max(column, 0), GRID - 1), FACTS.index(character)] = 1
+    size = (round(256 * scene.width), 256)
+    for writing in scene.writings:
+        for character, x in zip(writing.text, _set(writing, size, scenery)[1], strict=True):
+            column = min(max(int(x / size[0] * GRID), 0), GRID - 1)
+            table[int(writing.y * GRID), column, FACTS.index(character)] = 1
     return table.reshape(GRID * GRID, len(FACTS))

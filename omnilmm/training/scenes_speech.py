@@ -107,10 +107,15 @@ class Speech:
 
     # -- answers --------------------------------------------------------------------------------------
 
-    def there_is(self, colour: str | None, shape: str, *, yes: bool = False) -> str:
+    def there_is(self, colour: str | None, shape: str) -> str:
+        return f"Yes, there is {self.a(colour, shape)}." if self._is_english else f"是的，有{self.a(colour, shape)}。"
+
+    def there_are_these(self, kinds: list[tuple[str, str]]) -> str:
+        """Some colours and shapes."""
         if self._is_english:
-            return f"Yes, there is {self.a(colour, shape)}." if yes else f"There is {self.a(colour, shape)}."
-        return f"是的，有{self.a(colour, shape)}。" if yes else f"有一个{self.a(colour, shape)}。"
+            return f"There is {_listed([self.a(*kind) for kind in kinds])}."
+        names = [f"一个{self.a(*kind)}" for kind in kinds]
+        return f"有{'，'.join(names[:-1])}和{names[-1]}。" if len(names) > 1 else f"有{names[0]}。"
 
     def there_is_no(self, *, shape: str, colour: str | None = None, yes_or_no: bool = False) -> str:
         if self._is_english:
@@ -181,8 +186,7 @@ class Speech:
             ]
             if text is not None:
                 parts.append(f"the {'number' if text.isdigit() else 'word'} {text}")
-            head = f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else parts[0]
-            return f"There is {head}."
+            return f"There is {_listed(parts)}."
         parts = [
             f"{CHINESE_PLACES[place]}有一个{CHINESE_SIZES[size]}的{CHINESE_COLOURS[colour]}{CHINESE_SHAPES[shape]}"
             for size, colour, shape, place in things
@@ -190,6 +194,10 @@ class Speech:
         if text is not None:
             parts.append(f"写着{'数字' if text.isdigit() else '单词'}{text}")
         return f"{'，'.join(parts)}。"
+
+
+def _listed(parts: list[str]) -> str:
+    return f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else parts[0]
 
 
 def _plural(shape: str) -> str:

@@ -29,8 +29,8 @@ class RowSource(Protocol):
     num_facts: int
     """Facts per cell that the rows tell of their pictures; 0 if they tell none."""
 
-    def row(self, index: int, done: float) -> Row:
-        """Row `index`, when the share `done` of the run is over."""
+    def row(self, index: int, step: int) -> Row:
+        """Row `index`, as it is at this step of the run."""
         ...
 
 
@@ -68,7 +68,7 @@ class JsonlSource:
             raise ConfigError("The files hold no conversation that is short enough.", param="jsonl")
         self.num_rows: int | None = len(self._rows)
 
-    def row(self, index: int, done: float) -> Row:
+    def row(self, index: int, step: int) -> Row:
         pictures, sequences = self._rows[index]
         return make_row(sequences, [self._square(path) for path in pictures])
 

@@ -96,7 +96,7 @@ class Trainer:
         log = RunLog(self.log_path, step=self.step) if self._workers.rank == 0 else None
         begun, first = time.monotonic(), self.step
         while self.step < config.steps:
-            if should_stop():
+            if self._agreed(should_stop()):
                 self._save()
                 return False
             self._make_step()
@@ -114,6 +114,26 @@ class Trainer:
 
     def _is_due(self, every: int) -> bool:
         return bool(every) and (self.step % every == 0 or self.step == self._config.steps)
+
+    def _agreed(self, stop: bool) -> bool:
+        """Whether any worker wants to stop: then all do, behind the same step."""
+        asked = torch.tensor([float(stop)])
+        self._workers.add_up([asked])
+        return bool(asked)
+
+    # -- the rate -------------------------------------------------------------------------------------
+
+    def _rate(self, step: int) -> float:
+        """Learning by sight is a run of its own, with a warm-up and a decline; all that follows is another."""
+        config = self._config
+        sight = 0 if config.scenes is None else min(config.scenes.sight, config.steps)
+        if step < sight:
+            return rate_at(step, sight, config.optimiser)
+        return rate_at(step - sight, config.steps - sight, config.optimiser)
+
+    def _encoder_rate(self, step: int) -> float:
+        scenes = self._config.scenes
+        return scenes.encoder_rate if scenes is not None and step >= scenes.sight else 1.0
 
     # -- one step -------------------------------------------------------------------------------------
 
@@ -142,7 +162,7 @@ class Trainer:
         if not math.isfinite(answers + grounding):
             raise OmniError(f"the loss is not finite at step {self.step}")
         norm = clip_gradients(gradients, config.optimiser.clip)
-        self._optimiser.step(rate_at(self.step, config.steps, config.optimiser))
+        self._optimiser.step(self._rate(self.step), encoder_rate=self._encoder_rate(self.step))
         self.step += 1
         tally = self._tally
         tally.steps += 1
@@ -154,14 +174,13 @@ class Trainer:
     def _batches(self) -> Iterator[Batch]:
         """This worker's share of the step's rows."""
         config, workers = self._config, self._workers
-        done = self.step / config.steps
         for number in range(config.accumulate):
             start = ((self.step * config.accumulate + number) * workers.world + workers.rank) * config.batch
             indices = (
                 row_index(position, self._source.num_rows, config.seed)
                 for position in range(start, start + config.batch)
             )
-            yield collate([self._source.row(index, done) for index in indices])
+            yield collate([self._source.row(index, self.step) for index in indices])
 
     def _seed_dropout(self, number: int) -> None:
         key = np.random.SeedSequence((self._config.seed, self.step, number, self._workers.rank))
@@ -187,7 +206,7 @@ class Trainer:
             "loss": tally.loss / tally.steps,
             "token_accuracy": tally.right / tally.steps,
             "gradient_norm": tally.norm / tally.steps,
-            "rate": rate_at(self.step - 1, self._config.steps, self._config.optimiser),
+            "rate": self._rate(self.step - 1),
             "rows_per_s": round(rows_per_s, 2),
         }
         return entry | ({"grounding": tally.grounding / tally.steps} if self._grounding_weight else {})

@@ -8,6 +8,9 @@ import os
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("thorough", max_examples=2000, deadline=None)
 
 
 @pytest.fixture

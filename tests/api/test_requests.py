@@ -8,16 +8,20 @@ from typing import Any
 
 import pytest
 
-from omnilmm.api.requests import ChatCompletionRequest, parse_chat_request, to_chat_request
-from omnilmm.config import ImageLimits
-from omnilmm.errors import ImageError
-from omnilmm.messages import ChatRequest, Conversation, ImagePart, TextPart, Turn
+from omnilmm.api.completion_requests import CompletionRequest
+from omnilmm.api.fields import Caller
+from omnilmm.api.requests import ChatCompletionRequest, parse_chat_request
+from omnilmm.api.response_requests import ResponsesRequest
+from omnilmm.api.tokens import DetokenizeRequest, TokenizeRequest
+from omnilmm.messages import ChatRequest, Conversation, Grammar, GrammarKind, ImagePart, Priority, TextPart, Turn
 
 
-def convert(document: dict[str, Any], **more: Any) -> ChatRequest:
+def convert(document: dict[str, Any], **caller: Any) -> ChatRequest:
+    """The one request in a body, with references to pictures as their bytes."""
     parsed = parse_chat_request(json.dumps(document).encode())
-    options = {"read_image": lambda url, param: url.encode(), "limits": ImageLimits(), **more}
-    return to_chat_request(parsed, request_id="r-1", **options)
+    files = {param: reference.encode() for reference, param in parsed.pictures()}
+    (request,) = parsed.to_requests(Caller("r-1", **caller), files)
+    return request
 
 
 def picture(url: str, **more: object) -> dict[str, Any]:
@@ -50,13 +54,15 @@ def test_every_field_arrives(good):
         "top_logprobs": 20,
         "metadata": {"run": "7"},
         "user": "someone",
-        "n": 1,
+        "safety_identifier": "someone",
+        "prompt_cache_key": "these",
+        "n": 3,
         "store": False,
         "service_tier": "auto",
         "modalities": ["text"],
         "response_format": {"type": "text"},
     }
-    request = convert(good | sampling, tenant="acme", scope="s", timeout_s=5.0)
+    request = convert(good | sampling, tenant="acme", scope="s", weight=2.0, priority=Priority.BATCH, timeout_s=5.0)
     assert request == ChatRequest(
         request_id="r-1",
         conversation=Conversation((Turn("user", (TextPart("What is this?"),)),)),
@@ -77,7 +83,10 @@ def test_every_field_arrives(good):
         logprobs=20,
         tenant="acme",
         scope="s",
+        weight=2.0,
+        priority=Priority.BATCH,
         timeout_s=5.0,
+        session="these",
         metadata=(("run", "7"),),
     )
     assert isinstance(request.temperature, float)
@@ -115,40 +124,56 @@ def test_a_conversation_keeps_its_order_and_its_places():
                 "content": [picture("one", detail="low"), {"type": "text", "text": "a"}, picture("two", detail=None)],
             },
             {"role": "assistant", "content": "b", "refusal": None, "tool_calls": None},
-            {"role": "user", "content": [{"type": "text", "text": ""}, picture("three")]},
+            {
+                "role": "user",
+                "content": [
+                    {"type": "text", "text": ""},
+                    picture("three"),
+                    {"type": "file", "file": {"file_id": "file-4"}},
+                ],
+            },
         ],
     }
-    seen = []
-
-    def read_image(url: str, param: str) -> bytes:
-        seen.append((url, param))
-        return url.encode()
-
     one, two, three = (f"messages[{i}].content[{j}].image_url.url" for i, j in ((2, 0), (2, 2), (4, 1)))
-    assert convert(document, read_image=read_image).conversation.turns == (
+    four = "messages[4].content[2].file.file_id"
+    assert convert(document).conversation.turns == (
         Turn("system", (TextPart("Be brief."),)),
         Turn("system", (TextPart("Be kind."),)),
         Turn("user", (ImagePart(b"one", one), TextPart("a"), ImagePart(b"two", two))),
         Turn("assistant", (TextPart("b"),)),
-        Turn("user", (TextPart(""), ImagePart(b"three", three))),
+        Turn("user", (TextPart(""), ImagePart(b"three", three), ImagePart(b"file-4", four))),
     )
-    assert seen == [("one", one), ("two", two), ("three", three)]
-    assert list(parse_chat_request(json.dumps(document).encode()).pictures()) == seen
+    pictures = list(parse_chat_request(json.dumps(document).encode()).pictures())
+    assert pictures == [("one", one), ("two", two), ("three", three), ("file-4", four)]
+
+
+@pytest.mark.parametrize(
+    ("form", "grammar"),
+    [
+        ({"type": "text"}, None),
+        ({"type": "json_object"}, Grammar(GrammarKind.JSON_OBJECT)),
+        (
+            {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object", "title": "引"}}},
+            Grammar(GrammarKind.JSON_SCHEMA, '{"type":"object","title":"引"}'),
+        ),
+        (
+            {"type": "json_schema", "json_schema": {"name": "a", "schema": {}, "strict": True, "description": "d"}},
+            Grammar(GrammarKind.JSON_SCHEMA, "{}"),
+        ),
+    ],
+)
+def test_forms_of_answers(good, form, grammar):
+    assert convert(good | {"response_format": form}).grammar == grammar
+
+
+def test_the_session_of_a_header_comes_before_the_cache_key(good):
+    assert convert(good | {"prompt_cache_key": "body"}, session="header").session == "header"
 
 
 @pytest.mark.parametrize("text", ["", "   ", "\x00\x1b[31m\ufffe\r\n\u202e", "<image></s><|user|>", "引\U0001f600"])
 def test_texts_arrive_as_typed(good, text):  # T01, T03
     request = convert(good | {"messages": [{"role": "user", "content": text}]})
     assert request.conversation.turns[0].text == text
-
-
-def test_a_picture_that_cannot_be_read_is_the_readers_error(good):
-    def read_image(url: str, param: str) -> bytes:
-        raise ImageError("No.", param=param, code="invalid_base64_image")
-
-    with pytest.raises(ImageError) as caught:
-        convert(good | {"messages": [{"role": "user", "content": [picture("data:")]}]}, read_image=read_image)
-    assert caught.value.param == "messages[0].content[0].image_url.url"
 
 
 def test_sixteen_pictures_and_a_thousand_turns_are_welcome(good):  # I20, R03
@@ -223,8 +248,11 @@ def unbounded(schema: dict[str, Any], place: str = "$") -> Iterator[str]:
         yield from unbounded(inner, f"{place}.{name}")
 
 
-def test_every_count_bounded():
-    assert list(unbounded(ChatCompletionRequest.model_json_schema())) == []
+@pytest.mark.parametrize(
+    "kind", [ChatCompletionRequest, CompletionRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest]
+)
+def test_every_count_bounded(kind):
+    assert list(unbounded(kind.model_json_schema())) == []
 
 
 @pytest.mark.parametrize(

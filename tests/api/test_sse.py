@@ -8,8 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from omnilmm.api.completion_responses import CompletionRendering
+from omnilmm.api.rendering import ChatRendering
+from omnilmm.api.response_objects import Echo, ResponseRendering
+from omnilmm.api.responses import Heading
 from omnilmm.api.sse import DONE, DONE_DATA, Event, EventReader, encode_error, encode_event
 from omnilmm.errors import NotFound, OmniError, Overloaded
+from omnilmm.messages import Delta, FinishReason, Usage
+
+IS_THOROUGH = settings.get_current_profile_name() == "thorough"
+FUZZ = settings(max_examples=100_000 if IS_THOROUGH else 300, deadline=None, derandomize=not IS_THOROUGH, database=None)
+"""A few examples, always the same; 100,000 random ones with --hypothesis-profile=thorough."""
 
 
 def read(stream: bytes, size: int | None = None) -> list[Event]:
@@ -28,6 +37,10 @@ def test_line_ends_in_the_text_do_not_end_the_line():
     assert event.count(b"\n") == 2
     assert b"\r" not in event
     assert json.loads(read(event)[0].data) == {"text": text}
+
+
+def test_a_named_event_has_its_name_in_front():
+    assert encode_event({"a": 1}, name="response.created") == b'event: response.created\ndata: {"a":1}\n\n'
 
 
 def test_half_a_surrogate_pair_is_escaped():
@@ -110,10 +123,45 @@ json_values = st.recursive(
 )
 
 
+@FUZZ
 @given(st.lists(json_values, max_size=8), st.integers(1, 40), st.sampled_from([b"\n", b"\r", b"\r\n"]))
-@settings(max_examples=300, deadline=None)
 def test_round_trip(values, size, line_end):
     stream = b"".join(encode_event(value) for value in values) + DONE
     *events, done = read(stream.replace(b"\n", line_end), size)
     assert [json.loads(event.data) for event in events] == values
     assert done.data == DONE_DATA
+
+
+words = st.lists(
+    st.text(max_size=12) | st.sampled_from(["\r\n\r\n", "data: x", "[DONE]", "\u2028", "\x00", ":", "event: error\n"]),
+    max_size=6,
+)
+
+
+@FUZZ
+@given(words, st.integers(1, 60), st.sampled_from(["chat", "completions", "responses"]))
+def test_whatever_is_said_arrives_as_it_was_said(texts, size, route):
+    """The writers of all three routes, read by the standard however the bytes are cut."""
+    heading = Heading("r", "m", 7)
+    rendering = {
+        "chat": ChatRendering(heading, 1, True),
+        "completions": CompletionRendering(heading, True),
+        "responses": ResponseRendering(heading, Echo()),
+    }[route]
+    told = [*rendering.begin()]
+    for text in texts:
+        told += rendering.delta(0, Delta(text))
+    told += [*rendering.finish(0, FinishReason.STOP), *rendering.end(Usage(1, 1, 0, 0))]
+    events = read(b"".join(told), size)
+    assert len(events) == len(told)
+    assert [event.data for event in events].count(DONE_DATA) == (route != "responses")
+    documents = [json.loads(event.data) for event in events if event.data != DONE_DATA]
+    if route == "chat":
+        said = [c["delta"].get("content") or "" for d in documents for c in d["choices"]]
+    elif route == "completions":
+        said = [c["text"] for d in documents for c in d["choices"]]
+    else:
+        said = [d["delta"] for d in documents if d["type"] == "response.output_text.delta"]
+        assert documents[-1]["response"]["output"][0]["content"][0]["text"] == "".join(texts)
+        assert [event.name for event in events] == [d["type"] for d in documents]
+    assert "".join(said) == "".join(texts)

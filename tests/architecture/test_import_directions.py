@@ -9,10 +9,10 @@ from sources import PACKAGES, Source, house, imports, report
 
 # Inside omnilmm a room may import the lines above its own; in a blind line the rooms do not know one another.
 PICTURE = (
-    ("errors messages ports config observe", ""),
-    ("api image prompt cache models tenancy", "blind"),
+    ("errors messages ports config observe database", ""),
+    ("api image prompt cache models tenancy files", "blind"),
     ("encoder engine training batch", "blind"),
-    ("flow pipeline", ""),
+    ("card retries composing gathering flow pipeline", ""),
     ("chat", ""),
 )
 LEVEL = {room: level for level, (rooms, _) in enumerate(PICTURE) for room in rooms.split()}

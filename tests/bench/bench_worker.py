@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from bench_results import Measurement, closed_loop
 from omnilmm.config import EngineConfig
 from omnilmm.messages import Embedding, GenerateCall, Prompt, Sampling
 from omnilmm.models.config import read_model_config
-from omnilmm.models.weights import load_language_model, torch_dtype
+from omnilmm.models.packed import WeightDtype, load_for_decoding
+from omnilmm.models.weights import torch_dtype
 from omnilmm.observe import Silent
 from omnilmm.pipeline import start_engine
 
@@ -30,9 +32,9 @@ from omnilmm.pipeline import start_engine
 class EngineSystem:
     """Our engine loop, fed with ids. Has the settings `omnilmm serve` has by default."""
 
-    def __init__(self, folder: Path, dtype: str, num_tokens: int) -> None:
+    def __init__(self, folder: Path, dtype: str, num_tokens: int, weight_dtype: WeightDtype | None = None) -> None:
         config = read_model_config(folder)
-        model = load_language_model(folder, config, dtype=dtype)
+        model = load_for_decoding(folder, config, dtype=dtype, weight_dtype=weight_dtype)
         engine = EngineConfig()
         room = min(config.max_context, engine.num_blocks * engine.block_size)
         self._loop = start_engine(model, engine.resolve(max_context=room), Silent())
@@ -98,14 +100,18 @@ class GenerateSystem:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("system", choices=["engine", "generate"])
+    parser.add_argument("system", choices=["engine", "engine-int8", "generate"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--dtype", required=True)
     parser.add_argument("--tokens", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    kinds: dict[str, Any] = {"engine": EngineSystem, "generate": GenerateSystem}
+    kinds: dict[str, Any] = {
+        "engine": EngineSystem,
+        "engine-int8": partial(EngineSystem, weight_dtype="int8"),
+        "generate": GenerateSystem,
+    }
     system = kinds[args.system](args.folder, args.dtype, args.tokens)
     print("ready", flush=True)
     for line in sys.stdin:

@@ -5,6 +5,7 @@ Every system gets the same prompts (about 128 tokens), the same dtype and the sa
 
     omnilmm-http   `omnilmm serve`, through its HTTP server
     omnilmm        the engine loop in a process, without HTTP and Ray
+    omnilmm-int8   the same with 8-bit weights
     transformers   generate() over static batches of 1, 4 and 16
     vllm           its OpenAI server, if --vllm-venv names a virtual environment that has it
 
@@ -39,6 +40,8 @@ from bench_results import Measurement, closed_loop
 from bench_servers import Server, omnilmm_server, vllm_server
 from roofline import copy_bandwidth, weight_bytes_per_step
 
+from cluster.cli import PROCESS_ENVIRONMENT
+
 NUM_PROMPT_TOKENS, NUM_TOKENS = 128, 64
 REQUESTS = {1: 2, 4: 8, 16: 32}  # per concurrency and repeat
 SAME_CHARS = 24
@@ -70,7 +73,8 @@ def worker(
     """A child process that measures one in-process system."""
     command = [sys.executable, str(Path(__file__).with_name("bench_worker.py")), kind, str(folder)]
     command += ["--dtype", dtype, "--tokens", str(NUM_TOKENS), "--threads", str(threads)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    env = {**os.environ, **({} if kind == "generate" else PROCESS_ENVIRONMENT)}  # ours as the command sets it
+    with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         pipe_in, pipe_out = process.stdin, process.stdout
@@ -114,7 +118,7 @@ def start_systems(stack: ExitStack, args: argparse.Namespace, scratch: Path) -> 
         say(f"starting {name}")
         stack.enter_context(server)
         systems.append(System(name, server.command, server.processes, partial(measure_server, server)))
-    for name, kind in (("omnilmm", "engine"), ("transformers", "generate")):
+    for name, kind in (("omnilmm", "engine"), ("omnilmm-int8", "engine-int8"), ("transformers", "generate")):
         say(f"starting {name}")
         command, processes, measure = stack.enter_context(worker(kind, args.model, args.dtype, cores))
         systems.append(System(name, command, partial(list, processes), measure))
@@ -216,15 +220,17 @@ def print_table(systems: Sequence[System]) -> None:
         shown = " | ".join("-" if wait is None else f"{wait:.2f}" for wait in waits)
         print(f"| {system.name} | {rates} | | {system.name} | {shown} |")
     print()
-    ours = systems[0]
-    for other in systems[1:]:
-        rates = [f"{_ratio(ours, other, concurrency, 'tok_s'):.2f}" for concurrency in REQUESTS]
-        line = f"{ours.name} / {other.name:13} tok/s {'  '.join(rates)}"
+    by_name = {system.name: system for system in systems}
+    ours, int8, bfloat16 = systems[0], by_name["omnilmm-int8"], by_name["omnilmm"]
+    for mine, other in (*((ours, other) for other in systems[1:] if other is not int8), (int8, bfloat16)):
+        line = f"{mine.name:12} / {other.name:13} tok/s {_ratios(mine, other, 'tok_s')}"
         if other.median(1, "ttft_s") is not None:
-            line += "   TTFT " + "  ".join(
-                f"{_ratio(ours, other, concurrency, 'ttft_s'):.2f}" for concurrency in REQUESTS
-            )
+            line += f"   TTFT {_ratios(mine, other, 'ttft_s')}"
         print(line)
+
+
+def _ratios(ours: System, other: System, field: str) -> str:
+    return "  ".join(f"{_ratio(ours, other, concurrency, field):.2f}" for concurrency in REQUESTS)
 
 
 def _ratio(ours: System, other: System, concurrency: int, field: str) -> float:
@@ -256,14 +262,16 @@ def print_agreement(systems: Sequence[System]) -> None:
 
 
 def print_roofline(systems: Sequence[System], args: argparse.Namespace, bandwidth: float) -> None:
-    size = weight_bytes_per_step(args.model, args.dtype)
-    limit = bandwidth / size
-    print(f"\ncopy bandwidth {bandwidth / 1e9:.1f} GB/s read and written; a step reads {size / 1e6:.0f} MB of weights")
-    print(f"so at most     {limit:.1f} tok/s at x1")
+    print(f"\ncopy bandwidth {bandwidth / 1e9:.1f} GB/s read and written, on all cores")
     for system in systems:
         rate = system.median(1, "decode_tok_s")
         if rate is not None:
-            print(f"{system.name:14} {rate:.1f} tok/s behind the first token, {100 * rate / limit:.0f} % of that")
+            size = weight_bytes_per_step(args.model, "int8" if system.name == "omnilmm-int8" else args.dtype)
+            limit = bandwidth / size
+            print(
+                f"{system.name:14} reads {size / 1e6:.0f} MB of weights a step, so at most {limit:.1f} tok/s at x1; "
+                f"behind the first token {rate:.1f}, {100 * rate / limit:.0f} % of that"
+            )
 
 
 def main() -> None:

@@ -23,11 +23,12 @@ from omnilmm.engine.plan import Draw, Plan, Row
 from omnilmm.engine.runner import ModelRunner
 from omnilmm.messages import Sampling
 from omnilmm.models.config import read_model_config
+from omnilmm.models.packed import prepare_for_decoding
 from omnilmm.models.weights import load_language_model
 
 NUM_STEPS = 20
 KINDS: Mapping[str, tuple[str, ...]] = {
-    "matrix products of the weights": ("aten::mm", "aten::addmm", "mkldnn::_linear_pointwise"),
+    "matrix products of the weights": ("mkldnn::_linear_pointwise", "aten::_weight_int8pack", "aten::mm"),
     "attention": ("aten::_scaled_dot_product", "aten::bmm", "aten::_softmax", "aten::baddbmm"),
     "keys and values in and out of the pool": ("aten::index_copy", "aten::index_select"),
     "choosing the token": ("aten::argmax",),
@@ -85,6 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True, help="folder of a text checkpoint")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--weight-dtype", choices=["int8"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--context", type=int, default=160, help="tokens of each sequence")
     parser.add_argument("--rows", type=int, default=14, help="operators to list")
@@ -92,8 +94,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     config = read_model_config(args.model)
     engine = EngineConfig()
-    runner = ModelRunner(load_language_model(args.model, config, dtype=args.dtype), engine)
-    print(f"torch {torch.__version__}, {args.threads} threads, {args.dtype}, {args.model.name}")
+    model = load_language_model(args.model, config, dtype=args.dtype)
+    runner = ModelRunner(prepare_for_decoding(model, weight_dtype=args.weight_dtype), engine)
+    weights = args.weight_dtype or args.dtype
+    print(f"torch {torch.__version__}, {args.threads} threads, {args.dtype}, {weights} weights, {args.model.name}")
     for num_sequences in (1, 16):
         print_profile(runner, decode_plan(num_sequences, args.context, engine.block_size), args.rows)
 

@@ -27,9 +27,13 @@ def copy_bandwidth(repeats: int = 5) -> float:
 
 
 def weight_bytes_per_step(folder: Path, dtype: str) -> int:
-    """Bytes of weights that a decode step reads whatever the batch: all but an input embedding of its own."""
+    """Bytes of weights that a decode step reads whatever the batch: all but an input embedding of its own.
+
+    `dtype` is that of the weights, "int8" included.
+    """
     config = read_model_config(folder)
     shapes = {name: tuple(parameter.shape) for name, parameter in empty_language_model(config).named_parameters()}
     if not config.language.is_tied:
         del shapes["embedding.weight"]
-    return sum(math.prod(shape) for shape in shapes.values()) * torch_dtype(dtype).itemsize
+    itemsize = 1 if dtype == "int8" else torch_dtype(dtype).itemsize
+    return sum(math.prod(shape) for shape in shapes.values()) * itemsize

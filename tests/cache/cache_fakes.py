@@ -9,10 +9,15 @@ from dataclasses import dataclass, field
 from redis import Redis
 
 from deployments.redis_server import RedisServer
+from omnilmm.cache.redis import RedisTier
 from omnilmm.cache.store import TieredStore
+from omnilmm.messages import Embedding
 from omnilmm.observe import CacheAsked, Event
 
 SECRET = b"the operator's secret of the tests"
+
+OTHER = "emb:" + "1" * 64
+"""The key `works` uses."""
 
 PATIENT_S = 5.0
 """Budget of a tier whose answers a test needs, however busy the machine."""
@@ -64,3 +69,17 @@ def names_in(server: RedisServer, pattern: str = "*") -> list[bytes]:
     """What the server holds."""
     with Redis.from_url(server.url) as client:
         return client.keys(pattern)
+
+
+async def vectors(tier: RedisTier, key: str) -> Embedding | None:
+    found = await tier.get(key)
+    return None if found is None else found.embedding
+
+
+async def works(tier: RedisTier, clock: HandClock, embedding: Embedding) -> None:
+    """It stores and finds again; a probe may have to close the breaker first, and a busy machine cost a try."""
+    async with asyncio.timeout(10.0):
+        while not (await tier.put(OTHER, embedding) and await vectors(tier, OTHER) == embedding):
+            clock.now += 1.0
+            await asyncio.sleep(0.001)  # the probe needs the loop
+    assert not tier.is_down

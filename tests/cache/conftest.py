@@ -9,6 +9,7 @@ from redis import Redis
 
 from deployments.redis_server import RedisServer
 from omnilmm.cache.codec import Codec
+from omnilmm.cache.encoding import Encoding
 from omnilmm.cache.redis import RedisTier
 from omnilmm.cache.store import TieredStore, open_store
 from omnilmm.config import CacheConfig
@@ -57,9 +58,9 @@ async def make_tier(recorder: Recorder, clock: HandClock) -> AsyncIterator[Calla
     """Makes tiers as separate processes would have them, and closes them."""
     tiers: list[RedisTier] = []
 
-    def make(url: str, **settings: object) -> RedisTier:
+    def make(url: str, *, codec: Codec | None = None, **settings: object) -> RedisTier:
         settings = {"timeout_s": PATIENT_S, **settings}
-        tiers.append(RedisTier(url, codec=Codec(SECRET), observer=recorder, clock=clock, **settings))
+        tiers.append(RedisTier(url, codec=codec or Codec(SECRET), observer=recorder, clock=clock, **settings))
         return tiers[-1]
 
     yield make
@@ -76,9 +77,11 @@ async def make_store(recorder: Recorder, clock: HandClock) -> AsyncIterator[Call
     """Makes stores as separate processes would have them; checks their books and closes them at the end."""
     stores: list[TieredStore] = []
 
-    def make(url: str | None, *, sole: bool = False, **settings: object) -> TieredStore:
+    def make(
+        url: str | None, *, sole: bool = False, encoding: Encoding = Encoding.EXACT, **settings: object
+    ) -> TieredStore:
         config = CacheConfig(redis_url=url, **{"timeout_s": PATIENT_S, **settings})
-        stores.append(open_store(config, secret=SECRET, observer=recorder, clock=clock, sole=sole))
+        stores.append(open_store(config, secret=SECRET, observer=recorder, clock=clock, sole=sole, encoding=encoding))
         return stores[-1]
 
     yield make

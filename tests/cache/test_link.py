@@ -9,9 +9,9 @@ from cache_fakes import HASTY_S, PATIENT_S, HandClock
 from fault_proxy import FaultProxy
 
 from deployments.redis_server import RedisServer
+from omnilmm.cache.address import MAX_CONNECTIONS
 from omnilmm.cache.breaker import Breaker
-from omnilmm.cache.link import MAX_CONNECTIONS, RedisLink, budget, converse
-from omnilmm.errors import ConfigError
+from omnilmm.cache.link import RedisLink, budget, converse
 
 
 @pytest.fixture
@@ -140,42 +140,6 @@ async def test_callers_queueing_for_a_hung_server_leave_with_the_first(proxy: Fa
     assert time.monotonic() - started < 0.5
     assert proxy.num_accepted <= MAX_CONNECTIONS
     assert link.is_down
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "http://127.0.0.1:6379",
-        "127.0.0.1:6379",
-        "redis://127.0.0.1:notaport",
-        "redis://127.0.0.1?no_such_option=1",
-        "redis://127.0.0.1?socket_timeout=soon",
-        "unix://",
-        "redis://10.0.0.7:6379",
-        "redis://redis.example:6379",
-        "rediss://redis.example:6379",
-    ],
-)
-def test_a_url_that_cannot_be_used_or_trusted_is_refused(url: str, make_link) -> None:
-    with pytest.raises(ConfigError) as caught:
-        make_link(url)
-    assert "redis_url" in caught.value.message
-    assert "example" not in caught.value.message
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "redis://localhost",
-        "redis://127.0.0.1:7000/2",
-        "redis://[::1]:7000",
-        "redis://:word@redis.example:6379",
-        "rediss://user:word@redis.example:6379/0",
-        "unix:///run/redis.sock?db=1",
-    ],
-)
-def test_a_url_on_this_machine_or_with_a_password_is_taken(url: str, make_link) -> None:
-    make_link(url)
 
 
 async def test_the_url_cannot_loosen_the_bounds(proxy: FaultProxy, make_link) -> None:

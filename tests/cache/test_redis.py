@@ -10,10 +10,11 @@ import signal
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 import pytest
-from cache_fakes import HASTY_S, SECRET, HandClock, Recorder, until
+from cache_fakes import HASTY_S, OTHER, SECRET, HandClock, Recorder, until, vectors, works
 from fault_proxy import FaultProxy
 from redis import Redis
 
@@ -21,12 +22,11 @@ import omnilmm.cache.redis
 from deployments.redis_server import RedisServer
 from omnilmm.cache.codec import Codec
 from omnilmm.cache.redis import RedisTier, read_wake
-from omnilmm.messages import Embedding, PixelIdentity
+from omnilmm.messages import Embedding, Encoded, PixelIdentity
 
 T = TypeVar("T")
 
 KEY = "emb:" + "0" * 64
-OTHER = "emb:" + "1" * 64
 ALIAS = "pix:" + "0" * 64
 NAME = "omni:" + KEY
 IDENTITY = PixelIdentity(bytes(range(32)), 640, 480)
@@ -53,7 +53,7 @@ def admin(server: RedisServer) -> Iterator[Redis]:
 async def test_values_come_back(server: RedisServer, make_tier, recorder: Recorder, embedding: Embedding) -> None:
     writer, reader = make_tier(server.url), make_tier(server.url, ttl_s=5.0)
     assert await writer.put(KEY, embedding)
-    assert await reader.get(KEY) == embedding
+    assert (await reader.get(KEY)).embedding == embedding
     assert await reader.get(OTHER) is None
     assert await writer.put_identity(ALIAS, IDENTITY)
     assert await reader.get_identity(ALIAS) == IDENTITY
@@ -140,7 +140,7 @@ async def test_the_documented_acl_user_is_enough(own_server: RedisServer, make_t
         assert await tier.put(KEY, embedding)
         await tier.end_lease(KEY, b"me", stored=True)
         assert await tier.find([KEY]) == [True]
-        assert await tier.get(KEY) == embedding
+        assert await vectors(tier, KEY) == embedding
         assert (await tier.look([KEY]))[0].holder is None
         news = await tier.subscribe()
         assert news is not None
@@ -152,7 +152,7 @@ async def test_the_documented_acl_user_is_enough(own_server: RedisServer, make_t
 
 def wrong_values(embedding: Embedding) -> dict[str, bytes]:
     codec = Codec(SECRET)
-    good = codec.encode(KEY, embedding)
+    good = codec.encode(KEY, embedding).raw
     flipped = bytearray(good)
     flipped[1000] ^= 1
     return {
@@ -160,15 +160,15 @@ def wrong_values(embedding: Embedding) -> dict[str, bytes]:
         "nothing": b"",
         "truncated": good[:-1],
         "one bit": bytes(flipped),
-        "another picture or tenant": codec.encode(OTHER, embedding),
-        "another secret": Codec(b"somebody else's secret").encode(KEY, embedding),
+        "another picture or tenant": codec.encode(OTHER, embedding).raw,
+        "another secret": Codec(b"somebody else's secret").encode(KEY, embedding).raw,
         "another kind": codec.encode_identity(KEY, IDENTITY),
         "pickle": b"\x80\x04\x95\x1a\x00\x00\x00\x00\x00\x00\x00\x8c\x02os\x8c\x06system\x93\x8c\x04true\x85R.",
     }
 
 
 @pytest.mark.parametrize("kind", sorted(wrong_values(Embedding("float32", (20, 20), bytes(1600)))))
-async def test_a_wrong_value_is_a_counted_miss_and_goes(
+async def test_f14_a_wrong_value_is_a_counted_miss_and_goes(
     kind: str, server: RedisServer, make_tier, recorder: Recorder
 ) -> None:
     embedding = Embedding("float32", (20, 20), bytes(1600))
@@ -182,7 +182,7 @@ async def test_a_wrong_value_is_a_counted_miss_and_goes(
     assert not tier.is_down
 
 
-async def test_a_value_of_another_redis_type_is_a_counted_miss_and_goes(
+async def test_f14_a_value_of_another_redis_type_is_a_counted_miss_and_goes(
     server: RedisServer, make_tier, recorder: Recorder
 ) -> None:
     tier = make_tier(server.url)
@@ -193,7 +193,9 @@ async def test_a_value_of_another_redis_type_is_a_counted_miss_and_goes(
     assert recorder.outcomes("redis") == ["bad"]
 
 
-async def test_a_wrong_identity_is_a_counted_miss_and_goes(server: RedisServer, make_tier, recorder: Recorder) -> None:
+async def test_f14_a_wrong_identity_is_a_counted_miss_and_goes(
+    server: RedisServer, make_tier, recorder: Recorder
+) -> None:
     tier = make_tier(server.url)
     with admin(server) as client:
         client.set("omni:" + ALIAS, Codec(SECRET).encode_identity("pix:another", IDENTITY))
@@ -203,14 +205,14 @@ async def test_a_wrong_identity_is_a_counted_miss_and_goes(server: RedisServer, 
 
 
 @pytest.mark.parametrize("position", [0, 1, 3, 7, 9, 30, 2000, 400_000, 524_000, 524_359])
-async def test_a_bit_flipped_on_the_way_never_comes_through(
+async def test_f14_a_bit_flipped_on_the_way_never_comes_through(
     position: int, proxy: FaultProxy, make_tier, clock: HandClock, embedding: Embedding
 ) -> None:
     tier = make_tier(proxy.url, timeout_s=HASTY_S)
     writer = make_tier("unix://" + proxy.upstream)
     assert await writer.put(KEY, embedding)
     proxy.flip_at = position  # of the first reply: the length line, the header, the numbers, the MAC, the line end
-    answer, seconds = await timed(tier.get(KEY))
+    answer, seconds = await timed(vectors(tier, KEY))
     assert answer in (None, embedding)  # a flip in the closing CRLF may go unnoticed, and harms nothing
     assert seconds < 2 * SOON_S
     proxy.flip_at = None
@@ -250,15 +252,6 @@ async def is_a_miss_every_way(tier: RedisTier, clock: HandClock) -> None:
     assert time.monotonic() - started < SOON_S
 
 
-async def works(tier: RedisTier, clock: HandClock, embedding: Embedding) -> None:
-    """It stores and finds again; a probe may have to close the breaker first, and a busy machine cost a try."""
-    async with asyncio.timeout(10.0):
-        while not (await tier.put(OTHER, embedding) and await tier.get(OTHER) == embedding):
-            clock.now += 1.0
-            await asyncio.sleep(0.001)  # the probe needs the loop
-    assert not tier.is_down
-
-
 def kill(server: RedisServer) -> None:
     """SIGKILL, and wait until the process is gone; its sockets close before that, and `start` would find it alive."""
     os.kill(server.pid, signal.SIGKILL)
@@ -282,7 +275,7 @@ async def test_f10_killed_and_started_again(own_server: RedisServer, make_tier, 
 async def test_f10_killed_while_answering(own_server: RedisServer, make_tier, clock, embedding: Embedding) -> None:
     tier = make_tier(own_server.url, timeout_s=HASTY_S)
     await works(tier, clock, embedding)
-    asking = [asyncio.create_task(tier.get(OTHER)) for _ in range(50)]
+    asking = [asyncio.create_task(vectors(tier, OTHER)) for _ in range(50)]
     await asyncio.sleep(0.001)
     os.kill(own_server.pid, signal.SIGKILL)
     assert all(answer in (None, embedding) for answer in await asyncio.gather(*asking))
@@ -293,7 +286,7 @@ async def test_f11_stopped_and_continued(own_server: RedisServer, make_tier, clo
     await works(tier, clock, embedding)
     os.kill(own_server.pid, signal.SIGSTOP)
     try:
-        answer, seconds = await timed(tier.get(OTHER))
+        answer, seconds = await timed(vectors(tier, OTHER))
         assert answer is None
         assert seconds < SOON_S
         assert tier.is_down  # one timeout is enough
@@ -310,7 +303,7 @@ async def test_f13_slow_or_throttled(proxy: FaultProxy, make_tier, clock, embedd
     await is_a_miss_every_way(tier, clock)
     proxy.delay_s, proxy.bytes_per_s = 0.0, 10_000.0
     clock.now += 1.0
-    answer, seconds = await timed(tier.get(OTHER))
+    answer, seconds = await timed(vectors(tier, OTHER))
     assert answer is None
     assert seconds < SOON_S
     proxy.bytes_per_s = None
@@ -319,7 +312,7 @@ async def test_f13_slow_or_throttled(proxy: FaultProxy, make_tier, clock, embedd
 
 
 @pytest.mark.parametrize("fault", ["refuse", "black_hole"])
-async def test_cut_off(fault: str, proxy: FaultProxy, make_tier, clock, embedding: Embedding) -> None:
+async def test_f13_cut_off_or_swallowed(fault: str, proxy: FaultProxy, make_tier, clock, embedding: Embedding) -> None:
     tier = make_tier(proxy.url, timeout_s=HASTY_S)
     await works(tier, clock, embedding)
     setattr(proxy, fault, True)
@@ -339,6 +332,28 @@ async def test_idle_connections_cut_by_the_other_side_cost_nothing(
     await until(lambda: proxy.num_open == 0)
     assert await tier.find([OTHER]) == [False]
     assert recorder.outcomes("redis") == ["miss", "miss"]
+
+
+async def test_f17_a_new_password_is_picked_up_from_its_file(
+    own_server: RedisServer, make_tier, clock, embedding: Embedding, tmp_path: Path
+) -> None:
+    path = tmp_path / "password"
+    path.write_text("first")
+    tier = make_tier(own_server.url, timeout_s=HASTY_S, password_file=path)
+    with admin(own_server) as client:
+        client.config_set("requirepass", "first")
+        await works(tier, clock, embedding)
+        client.config_set("requirepass", "second")
+        client.client_kill_filter(_type="normal", skipme=True)
+        await is_a_miss_every_way(tier, clock)
+        path.write_text("second")
+        await works(tier, clock, embedding)
+        client.config_set("requirepass", "third")
+        client.client_kill_filter(_type="normal", skipme=True)
+        path.unlink()  # between two states of a mounted secret
+        await is_a_miss_every_way(tier, clock)
+        path.write_text("third")
+        await works(tier, clock, embedding)
 
 
 async def test_f17_the_password_changes(own_server: RedisServer, make_tier, clock, embedding: Embedding) -> None:
@@ -386,7 +401,7 @@ async def test_f17_a_web_server_on_the_port(make_tier, clock) -> None:
         await is_a_miss_every_way(make_tier(url, timeout_s=HASTY_S), clock)
 
 
-async def test_nonsense_in_the_protocol_is_never_an_exception(make_tier, clock, recorder: Recorder) -> None:
+async def test_f17_nonsense_in_the_protocol_is_never_an_exception(make_tier, clock, recorder: Recorder) -> None:
     nonsense = (
         b"$-1\r\n", b":1\r\n", b"*-1\r\n", b"*0\r\n", b"+OK\r\n", b"+\xff\xfe\r\n", b"-\xff\xfe\r\n", b"-MOVED x\r\n",
         b"-ASK 1 nowhere\r\n", b"-LOADING soon\r\n", b"-NOPERM no\r\n", b"-READONLY no\r\n", b"-OOM no\r\n",
@@ -401,7 +416,7 @@ async def test_nonsense_in_the_protocol_is_never_an_exception(make_tier, clock, 
             for name, call in EVERY_CALL.items():
                 clock.now += 10.0
                 answer = await call(tier)
-                assert not isinstance(answer, Embedding | PixelIdentity), name
+                assert not isinstance(answer, Encoded | PixelIdentity), name
                 if name == "subscribe" and answer is not None:
                     await answer.next(0.01)
                     await answer.aclose()
@@ -422,7 +437,7 @@ async def test_f12_full_and_not_evicting(
             assert not await tier.put(OTHER, embedding)
         assert recorder.outcomes("redis") == ["error"] * 5
         assert await tier.claim([OTHER], b"me", 1.0) == [None]
-        assert await tier.get(KEY) == embedding  # what is there can still be read
+        assert await vectors(tier, KEY) == embedding  # what is there can still be read
         assert not tier.is_down
         client.config_set("maxmemory", "64mb")
         assert await tier.put(OTHER, embedding)
@@ -445,12 +460,12 @@ async def test_f16_demoted_to_a_replica(own_server: RedisServer, make_tier, embe
         client.replicaof("127.0.0.1", "1")
         assert not await tier.put(OTHER, embedding)
         assert await tier.claim([OTHER], b"me", 1.0) == [None]
-        assert await tier.get(KEY) == embedding
+        assert await vectors(tier, KEY) == embedding
         client.replicaof("NO", "ONE")
         assert await tier.put(OTHER, embedding)
 
 
-async def test_outages_are_logged_once_and_name_no_secret(
+async def test_f17_outages_are_logged_once_and_name_no_secret(
     own_server: RedisServer, make_tier, clock, caplog: pytest.LogCaptureFixture
 ) -> None:
     tier = make_tier(own_server.url.replace("unix://", "unix://:guess@"))

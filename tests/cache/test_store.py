@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import struct
 import time
 
 import pytest
@@ -10,7 +12,9 @@ from redis import Redis
 
 from deployments.redis_server import RedisServer
 from omnilmm.cache.codec import Codec
+from omnilmm.cache.encoding import Encoding
 from omnilmm.cache.flight import StoreLease
+from omnilmm.cache.memory import ENTRY_BYTES
 from omnilmm.cache.store import TieredStore, open_store
 from omnilmm.config import CacheConfig
 from omnilmm.errors import ConfigError
@@ -101,6 +105,60 @@ async def test_put_tells_whether_the_decoder_can_find_it(proxy: FaultProxy, make
     assert not await make_store(None, sole=True, memory_bytes=0).put(KEY, SMALL)
 
 
+async def test_the_seconds_it_took_decide_what_memory_keeps_even_across_processes(
+    server: RedisServer, make_store
+) -> None:
+    vision = make_store(server.url, memory_bytes=0)
+    decoder = make_store(server.url, memory_bytes=2 * (len(SMALL.data) + ENTRY_BYTES))
+    for key, seconds in (("emb:dear", 5.0), ("emb:cheap", 0.1), ("emb:new", 0.1)):
+        assert await vision.put(key, SMALL, seconds=seconds)
+        assert await decoder.get(key) == SMALL
+    with Redis.from_url(server.url) as client:
+        client.flushall()
+    assert [await decoder.get(key) for key in ("emb:dear", "emb:cheap", "emb:new")] == [SMALL, None, SMALL]
+
+
+@pytest.mark.parametrize("encoding", [Encoding.INT8, Encoding.FP8])
+async def test_a_lossy_store_shares_half_the_bytes_and_reads_exact_ones_too(
+    encoding: Encoding, server: RedisServer, make_store, embedding: Embedding
+) -> None:
+    writer, reader = (make_store(server.url, encoding=encoding, memory_bytes=0) for _ in range(2))
+    exact = make_store(server.url, memory_bytes=0)
+    vectors = Embedding("float32", (8, 512), struct.pack("<4096f", *(math.sin(i) for i in range(4096))))
+    assert await writer.put(KEY, vectors)
+    assert await exact.put(OTHER, vectors)
+    with Redis.from_url(server.url) as client:
+        assert client.strlen("omni:" + KEY) < client.strlen("omni:" + OTHER) / 3
+    found = await reader.get(KEY)
+    assert found != vectors
+    assert (found.dtype, found.shape, len(found.data)) == (vectors.dtype, vectors.shape, len(vectors.data))
+    assert await reader.get(OTHER) == vectors
+
+
+async def test_whoever_wants_exact_vectors_gets_no_others(server: RedisServer, make_store, recorder: Recorder) -> None:
+    """The operator went back from int8 to exact: what lies there from before is made anew."""
+    before, after = make_store(server.url, encoding=Encoding.INT8), make_store(server.url)
+    vectors = Embedding("float32", (8, 512), struct.pack("<4096f", *(math.sin(i) for i in range(4096))))
+    assert await before.put(KEY, vectors)
+    assert await after.get(KEY) is None
+    assert recorder.outcomes("redis") == ["bad"]
+    lease = (await after.lookup([KEY]))[KEY]
+    assert isinstance(lease, StoreLease)
+    await lease.abandon()
+
+
+async def test_vectors_an_encoding_does_not_fit_are_shared_exactly_and_counted(
+    server: RedisServer, make_store, recorder: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    spiked = Embedding("float32", (1, 64), struct.pack("<64f", 1e6, *[1.0] * 63))
+    writer, reader = make_store(server.url, encoding=Encoding.INT8), make_store(server.url, encoding=Encoding.INT8)
+    for key in (KEY, OTHER):
+        assert await writer.put(key, spiked)
+        assert await reader.get(key) == spiked
+    assert recorder.outcomes("redis") == ["refused", "hit", "refused", "hit"]
+    assert caplog.text.count("int8 encoding does not fit") == 1
+
+
 async def test_an_alias_spares_the_decoding(server: RedisServer, make_store) -> None:
     one, two = make_store(server.url), make_store(server.url)
     assert await one.get_identity(ALIAS) is None
@@ -139,7 +197,7 @@ async def test_a_value_stored_between_look_and_claim_is_a_hit(
 async def test_a_lying_server_cannot_keep_a_bad_value_found(server: RedisServer, make_store) -> None:
     store = make_store(server.url)
     with Redis.from_url(server.url) as client:
-        client.set("omni:" + KEY, Codec(SECRET).encode(OTHER, SMALL))
+        client.set("omni:" + KEY, Codec(SECRET).encode(OTHER, SMALL).raw)
     assert (await store.lookup([KEY]))[KEY] == Hit()
     assert await store.get(KEY) is None
     lease = (await store.lookup([KEY]))[KEY]
@@ -147,7 +205,7 @@ async def test_a_lying_server_cannot_keep_a_bad_value_found(server: RedisServer,
     await lease.abandon()
 
 
-async def test_a_hung_server_costs_a_request_one_budget(proxy: FaultProxy, make_store, recorder: Recorder) -> None:
+async def test_f11_a_hung_server_costs_a_request_one_budget(proxy: FaultProxy, make_store, recorder: Recorder) -> None:
     store = make_store(proxy.url, timeout_s=HASTY_S)
     proxy.black_hole = True
     started = time.monotonic()

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 import yaml
+from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from cluster.train import eval_nano, merge_adapter, train
@@ -76,6 +78,34 @@ def test_train_writes_a_checkpoint_and_resume_finds_it_done(run: Any, checkpoint
     assert isinstance(again.exception, ConfigError)
 
 
+def test_two_workers_learn_what_one_does(run: Any, checkpoint: Path, tmp_path: Path) -> None:
+    lines = [
+        {"conversations": [{"role": "user", "content": f"Say {n}"}, {"role": "assistant", "content": f"{n}."}]}
+        for n in range(4)
+    ]
+    (tmp_path / "data.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    settings = {
+        "checkpoint": str(checkpoint),
+        "steps": 2,
+        "batch": 1,
+        "device": "cpu",
+        "precision": "float32",
+        "save_dtype": "float32",
+        "jsonl": {"train": [str(tmp_path / "data.jsonl")]},
+        "optimiser": {"learning_rate": 1e-3, "eps": 1e-4},
+    }
+    learned = []
+    for name, accumulate, workers in (("one", 2, 1), ("two", 1, 2)):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(settings | {"output": str(tmp_path / name), "accumulate": accumulate}))
+        result = run("train", "--config", path, "--workers", workers, "--threads", 1)
+        assert result.exit_code == 0, result.output
+        learned.append(load_file(tmp_path / name / "checkpoint" / "model.safetensors"))
+    alone, together = learned
+    for name, tensor in alone.items():
+        torch.testing.assert_close(together[name], tensor, rtol=1e-3, atol=2e-5)
+
+
 def test_eval_nano_reports_by_kind_and_language(run: Any, checkpoint: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     words = ("--scenes", 3, "--seed", 5, "--threads", 1, "--precision", "float32", "--out", tmp_path / "exam")
@@ -87,7 +117,13 @@ def test_eval_nano_reports_by_kind_and_language(run: Any, checkpoint: Path, tmp_
     assert {*report["exams"]} == {"test", "combinations", "shuffled"}
     asked = report["exams"]["test"]["kinds"]["all"]
     assert asked["en"]["asked"] + asked["zh"]["asked"] >= 24
-    assert {path.name for path in (tmp_path / "exam").iterdir()} == {"report.json", "confusion.png", "sheet.png"}
+    table = (tmp_path / "exam" / "report.md").read_text().splitlines()
+    assert (
+        table[0] == "| question | test en | test zh | combinations en | combinations zh | shuffled en | shuffled zh |"
+    )
+    assert table[-1].startswith("| all | ")
+    written = {path.name for path in (tmp_path / "exam").iterdir()}
+    assert written == {"report.json", "report.md", "confusion.png", "sheet.png"}
 
 
 def test_merging_an_adapter_makes_a_new_checkpoint(run: Any, checkpoint: Path, tmp_path: Path) -> None:

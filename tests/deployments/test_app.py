@@ -2,7 +2,8 @@
 
 from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 
-from deployments.app import build
+from deployments.app import build, build_model
+from deployments.hosting import MODEL_DEPLOYMENT
 
 
 def test_arguments_from_a_file_are_typed_and_make_an_application(data):
@@ -31,3 +32,14 @@ def test_each_pool_books_its_own_resource(data):
     assert "decode_pool" in tongue.ray_actor_options["resources"]
     assert eyes._deployment_config.autoscaling_config.max_replicas == 3
     assert eyes._deployment_config.autoscaling_config.min_replicas == 0
+
+
+def test_a_model_can_be_an_application_of_its_own(data):
+    args = {"model": {"name": "m", "path": str(data / "minicpm-v-tiny")}, "cache": {"redis": "none"}}
+    application = call_user_app_builder_with_args_if_necessary(build_model, args)
+    entrance = application._bound_deployment
+    model, fingerprint, pools = entrance.init_args
+    assert entrance.name == MODEL_DEPLOYMENT
+    assert model.name == "m"
+    assert len(fingerprint) >= 32
+    assert {pool._bound_deployment.name for pool in pools.values()} == {"vision-m", "decoder-m"}

@@ -2,30 +2,24 @@
 
 import base64
 import json
-from types import SimpleNamespace
 
 import httpx
 import openai
 import pytest
 import pytest_asyncio
+from http_fakes import client_of, error_of, make_service
 
 from deployments.http import make_app
-from omnilmm.config import ImageLimits
 from omnilmm.pipeline import Pipeline
-from omnilmm.tenancy.keys import KeyBook, KeyRecord, Tenant, new_key
+from omnilmm.tenancy.keys import AdminKeys, KeyBook, KeyRecord, Tenant, new_key
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 KEY, DIGEST = new_key()
+ADMIN_KEY, ADMIN_DIGEST = new_key()
 ACME = Tenant("acme", "acme", models=frozenset({"omnilmm-3b"}))
 OPEN_ROUTES = {"/health", "/ready"}
-
-
-class FakeService(SimpleNamespace):
-    """A router's attributes without Serve."""
-
-    async def is_ready(self):
-        return self.ready
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "QUERY", "PROPFIND", "NONSENSE")
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -36,21 +30,12 @@ async def pipeline(data):
 
 @pytest.fixture
 def service(pipeline):
-    return FakeService(
-        keys=KeyBook(),
-        limits=ImageLimits(max_images=3),
-        flows={"omnilmm-3b": pipeline.flow, "omnilmm-hidden": pipeline.flow},
-        started=1_700_000_000,
-        max_body_bytes=1 << 20,
-        request_timeout_s=60.0,
-        ready=True,
-    )
+    return make_service({"omnilmm-3b": pipeline.flow, "omnilmm-hidden": pipeline.flow})
 
 
 @pytest_asyncio.fixture(loop_scope="module")
 async def http(service):
-    transport = httpx.ASGITransport(make_app(service), client=("127.0.0.1", 5000))
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+    async with client_of(service) as client:
         yield client
 
 
@@ -66,13 +51,6 @@ def body(data, words="How many?", **changes):
 
 async def post(http, document, **headers):
     return await http.post("/v1/chat/completions", json=document, headers=headers)
-
-
-def error_of(response):
-    error = response.json()["error"]
-    assert set(error) == {"message", "type", "param", "code"}
-    assert len(error["message"]) <= 512
-    return response.status_code, error["code"], error["param"]
 
 
 async def test_whole_and_streamed_answers_agree(http, data):
@@ -117,7 +95,7 @@ async def test_health_and_readiness(http, service):
         ({"temperature": -1}, (400, "decimal_below_min_value", "temperature")),
         ({"surprise": 1}, (400, "unknown_parameter", "surprise")),
         ({"max_tokens": 5000}, (400, "context_length_exceeded", "messages")),
-        ({"n": 2}, (400, "unsupported_value", "n")),
+        ({"n": 17}, (400, "integer_above_max_value", "n")),
         ({"logit_bias": {"99999": 1}}, (400, "invalid_value", "logit_bias")),
         ({"stop_token_ids": [99999]}, (400, "invalid_value", "stop_token_ids")),
         ({"messages": [{"role": "assistant", "content": "I"}]}, (400, "invalid_value", "messages[0].role")),
@@ -211,19 +189,20 @@ def every_route(app):
             path = getattr(inner, "path", None)
             for method in sorted(getattr(inner, "methods", None) or ()):
                 if path is not None:
-                    yield method, path.replace("{path:path}", "v1/anything")
+                    yield method, path.replace("{model}", "omnilmm-3b")
 
 
 async def test_no_route_but_two_answers_without_a_key(service, data):
     service.keys = KeyBook([KeyRecord(DIGEST, ACME)])
     app = make_app(service)
     transport = httpx.ASGITransport(app, client=("127.0.0.1", 5000))
-    routes = {*every_route(app), ("GET", "/docs"), ("GET", "/openapi.json"), ("POST", "//v1/chat/completions")}
-    assert ("POST", "/v1/chat/completions") in routes
+    strange = [(method, path) for method in METHODS for path in ("/v1/models", "/nothing", "/health", "//v1/models")]
+    routes = {*every_route(app), *strange, ("GET", "/docs"), ("POST", "//v1/chat/completions")}
+    assert routes >= {("POST", "/v1/chat/completions"), ("GET", "/metrics"), ("POST", "/tokenize")}
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         for method, path in routes:
             response = await client.request(method, path)
-            if path in OPEN_ROUTES and method in ("GET", "HEAD"):
+            if path in OPEN_ROUTES and method == "GET":
                 assert response.status_code == 200
                 continue
             assert response.status_code == 401, (method, path)
@@ -237,6 +216,98 @@ async def test_no_route_but_two_answers_without_a_key(service, data):
         assert hidden.content == missing.content
 
 
+async def test_a_path_that_is_for_other_methods(http):
+    for method, path in (
+        ("GET", "/v1/chat/completions"),
+        ("DELETE", "/v1/models"),
+        ("POST", "/metrics"),
+        ("PUT", "/health"),
+    ):
+        response = await http.request(method, path)
+        assert error_of(response) == (405, "method_not_allowed", None)
+        assert method not in response.headers["allow"]
+    for path in ("//v1/models", "/v1/models/", "/v1/Models", "/v1/%2e%2e/admin", "/nothing", "/v1/chat", "/"):
+        assert error_of(await http.get(path))[0] == 404  # H07
+
+
+async def test_one_model(http, service):
+    known = await http.get("/v1/models/omnilmm-3b")
+    assert known.json() == {"id": "omnilmm-3b", "object": "model", "created": 1_700_000_000, "owned_by": "omnilmm"}
+    assert error_of(await http.get("/v1/models/nothing")) == (404, "model_not_found", "model")
+    service.keys = KeyBook([KeyRecord(DIGEST, ACME)])
+    mine = {"Authorization": f"Bearer {KEY}"}
+    hidden, missing = [await http.get(f"/v1/models/{name}", headers=mine) for name in ("omnilmm-hidden", "nothing")]
+    assert hidden.content == missing.content
+
+
+async def test_metrics_are_the_operators(http, service):
+    assert "omnilmm_requests" in (await http.get("/metrics")).text
+    service.keys = KeyBook([KeyRecord(DIGEST, ACME)])
+    service.admins = AdminKeys([ADMIN_DIGEST])
+    assert error_of(await http.get("/metrics"))[0] == 401
+    assert error_of(await http.get("/metrics", headers={"Authorization": f"Bearer {KEY}"}))[0] == 403  # K10
+    page = await http.get("/metrics", headers={"Authorization": f"Bearer {ADMIN_KEY}"})
+    assert page.status_code == 200
+    assert page.headers["content-type"].startswith("text/plain")
+
+
+async def test_words_and_ids_and_back(http, data):
+    words = (
+        await http.post("/tokenize", json={"model": "omnilmm-3b", "prompt": "How many?", "return_token_strs": True})
+    ).json()
+    assert words["count"] == len(words["tokens"]) == len(words["token_strs"])
+    assert words["image_tokens"] == 0
+    back = await http.post("/detokenize", json={"model": "omnilmm-3b", "tokens": words["tokens"]})
+    assert back.json() == {"prompt": "How many?"}
+    question = body(data)
+    del question["max_tokens"], question["temperature"]
+    counted = (await http.post("/tokenize", json=question)).json()
+    answered = (await post(http, body(data))).json()
+    assert counted["count"] == answered["usage"]["prompt_tokens"]
+    assert counted["image_tokens"] == answered["usage"]["prompt_tokens_details"]["image_tokens"] > 0
+    assert error_of(await http.post("/detokenize", json={"model": "omnilmm-3b", "tokens": [999_999]})) == (
+        *(400, "invalid_value", "tokens"),
+    )
+    assert error_of(await http.post("/tokenize", json={"model": "nothing", "prompt": "a"})) == (
+        *(404, "model_not_found", "model"),
+    )
+    assert error_of(await http.post("/tokenize", json={"model": "omnilmm-3b", "prompt": "word " * 5000}))[1] == (
+        "context_length_exceeded"
+    )
+
+
+async def test_a_prompt_goes_on_as_it_stands(http):
+    asked = {"model": "omnilmm-3b", "prompt": "The cat", "max_tokens": 5, "temperature": 0}
+    words = (await http.post("/v1/completions", json=asked)).json()
+    ids = (await http.post("/tokenize", json={"model": "omnilmm-3b", "prompt": "The cat"})).json()["tokens"]
+    again = (await http.post("/v1/completions", json=asked | {"prompt": ids})).json()
+    assert words["choices"] == again["choices"]
+    assert words["usage"]["prompt_tokens"] == len(ids)
+
+
+async def test_a_response_says_what_a_completion_says(http, data):
+    completion = (await post(http, body(data))).json()
+    content = [{"type": "input_image", "image_url": picture_url(data)}, {"type": "input_text", "text": "How many?"}]
+    asked = {"model": "omnilmm-3b", "input": [{"role": "user", "content": content}], "temperature": 0}
+    response = (await http.post("/v1/responses", json=asked | {"max_output_tokens": 5})).json()
+    assert response["output"][0]["content"][0]["text"] == completion["choices"][0]["message"]["content"]
+    assert response["usage"]["input_tokens"] == completion["usage"]["prompt_tokens"]
+    assert response["status"] == "incomplete"
+
+
+async def test_several_answers_are_each_reproducible(http, data):
+    sampled = {"temperature": 1.5, "seed": 7, "top_k": 0, "top_p": 1}
+    three = (await post(http, body(data, **sampled, n=3))).json()
+    one = (await post(http, body(data, **sampled))).json()
+    texts = [choice["message"]["content"] for choice in three["choices"]]
+    assert texts[0] == one["choices"][0]["message"]["content"]
+    assert len(set(texts)) > 1
+    assert three["usage"]["prompt_tokens"] == one["usage"]["prompt_tokens"]
+    assert three["usage"]["completion_tokens"] == 15
+    assert len(three["usage"]["images"]) == 1
+    assert (await post(http, body(data, **sampled, n=3))).json()["choices"] == three["choices"]
+
+
 async def test_an_open_server_answers_its_own_machine_only(service):
     transport = httpx.ASGITransport(make_app(service), client=("203.0.113.7", 5000))
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
@@ -246,6 +317,10 @@ async def test_an_open_server_answers_its_own_machine_only(service):
 
 async def test_the_openapi_document_describes_the_surface(http):
     document = (await http.get("/openapi.json")).json()
-    assert set(document["paths"]) == {"/health", "/ready", "/v1/chat/completions", "/v1/models"}
+    assert set(document["paths"]) >= {
+        *("/health", "/ready", "/metrics"),
+        *("/v1/chat/completions", "/v1/completions", "/v1/responses"),
+        *("/v1/models", "/v1/models/{model}", "/tokenize", "/detokenize"),
+    }
     schema = document["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert "repetition_penalty" in schema["properties"]

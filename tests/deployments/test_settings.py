@@ -30,6 +30,8 @@ def test_the_checked_in_file_is_valid():
         {"models": [MODEL, MODEL]},
         {"models": [MODEL | {"nam": "typo"}]},
         {"models": [MODEL | {"dtype": "int3"}]},
+        {"models": [MODEL | {"decoder": {"weight_dtype": "int3"}}]},
+        {"models": [MODEL | {"device": "cuda", "decoder": {"weight_dtype": "int8"}}]},
         {"models": [MODEL | {"name": "../x"}]},
         {"models": [MODEL | {"input_handling": "loose"}]},
         {"models": [MODEL | {"vision": {"autoscaling": {"min_replicas": 3, "max_replicas": 2}}}]},

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from e2e_cluster import FAMILIES, Cluster, Golden, connect, disconnect, free_port, model_settings, read_goldens
 
-from deployments.settings import CACHE_SECRET_VARIABLE
+from deployments.settings import CACHE_SECRET_VARIABLE, DATABASE_VARIABLE
 
 START_TIMEOUT_S = 180
 
@@ -43,6 +43,7 @@ def cluster(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cl
     config.write_text(yaml.safe_dump({"applications": [{"import_path": "deployments.app:build", "args": args}]}))
     port = free_port()
     environment = os.environ | {"PYTHONUNBUFFERED": "1", CACHE_SECRET_VARIABLE: "s" * 32}
+    environment[DATABASE_VARIABLE] = f"sqlite:///{config.with_name('omnilmm.db')}"
     process = subprocess.Popen(
         [Path(sys.executable).with_name("omnilmm"), "serve", "--config", config, "--port", str(port)],
         stdout=subprocess.PIPE,
@@ -51,7 +52,7 @@ def cluster(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cl
         env=environment,
         start_new_session=True,
     )
-    running = Cluster(process, f"http://127.0.0.1:{port}")
+    running = Cluster(process, f"http://127.0.0.1:{port}", config)
     reader = threading.Thread(target=running.read_output, daemon=True)
     reader.start()
     try:

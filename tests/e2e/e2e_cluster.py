@@ -43,6 +43,7 @@ class Cluster:
 
     process: subprocess.Popen[str]
     url: str
+    config: Path
     lines: list[str] = field(default_factory=list)
     printed: threading.Condition = field(default_factory=threading.Condition)
 

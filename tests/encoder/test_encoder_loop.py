@@ -81,6 +81,24 @@ async def test_one_bad_picture_fails_alone(loop, tower, bad):
     assert (good_before.data[0], good_after.data[0]) == (5, 6)
 
 
+async def test_a_lone_picture_starts_at_once(loop, tower):
+    """No timer: nothing but the tower itself stands between a picture and its vectors."""
+    for n in range(5):
+        await loop.encode(picture(n), timeout_s=10)
+    assert tower.batches == [[0], [1], [2], [3], [4]]
+
+
+async def test_pictures_go_one_by_one_where_a_batch_was_seen_to_save_nothing(loop, tower):
+    for size in (1, 2, 4):
+        loop._sizes.note(size, 1000.0 * size)
+    first = await first_held(loop, tower)
+    others = [asyncio.create_task(loop.encode(picture(n), timeout_s=10)) for n in (2, 3, 4)]
+    await asyncio.sleep(0)
+    tower.gate.set()
+    await asyncio.gather(first, *others)
+    assert tower.batches == [[1], [2], [3], [4]]
+
+
 async def test_a_full_queue_refuses(loop, tower):
     first = await first_held(loop, tower)
     waiting = [asyncio.create_task(loop.encode(picture(2), timeout_s=10)) for _ in range(5)]

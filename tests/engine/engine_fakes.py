@@ -9,9 +9,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from grammar_fakes import allowed_after, start_matcher
 
 from omnilmm.config import EngineConfig
-from omnilmm.engine.engine import Engine, Failed, Output, Tokens
+from omnilmm.engine.engine import Engine, Failed, Output, Ticket, Tokens
 from omnilmm.engine.plan import Draw, Drawn, Needs, Plan, StepResult
 from omnilmm.engine.runner import ModelRunner
 from omnilmm.engine.sampling import draw_tokens
@@ -116,7 +117,8 @@ def lone_run(model: LanguageModel, call: GenerateCall) -> tuple[int, ...]:
     while len(generated) < sampling.max_tokens and not (generated and generated[-1] in sampling.stop_ids):
         positions = torch.arange(len(attend), len(attend) + len(embeds))
         logits = model.logits(model(embeds, positions, attend)[-1:])
-        draw = Draw(sampling, len(generated), tuple(generated), (*call.prompt.penalty_ids, *generated))
+        seen = (*call.prompt.penalty_ids, *generated)
+        draw = Draw(sampling, len(generated), tuple(generated), seen, allowed_after(call, generated))
         generated.append(draw_tokens(logits, [draw])[0].id)
         embeds = model.embed(torch.tensor(generated[-1:]))
     return tuple(generated[len(call.emitted) :])
@@ -157,7 +159,9 @@ class Driver:
         self.answers: dict[int, Answer] = {}
 
     def submit(self, call: GenerateCall) -> int:
-        ticket = self.engine.submit(call)
+        return self.add(self.engine.submit(call, matcher=start_matcher(call)))
+
+    def add(self, ticket: Ticket) -> int:
         self.answers[ticket.sequence_id] = Answer(needed=list(ticket.missing))
         self.engine.check_integrity()
         return ticket.sequence_id

@@ -182,6 +182,27 @@ def test_a_picture_in_the_pool_needs_no_vectors(model):
     assert answer.ids == lone_run(model, with_vectors)
 
 
+def test_turn_two_of_a_picture_chat_computes_only_its_new_tokens(model):
+    """And asks for no vector: on counters, the runner's as well as the engine's own."""
+    driver, runner = recorded_driver(model)
+    first = make_call(30, max_tokens=6, pictures=[("a", 2, 8), ("b", 14, 6)])
+    (answer,) = driver.run(first)
+    before = driver.engine.stats()
+    turn_two = (*first.prompt.ids, *answer.ids, *make_ids(7, seed=3))  # 43 tokens, 35 of them computed before
+    bare = tuple(replace(image, embedding=None) for image in first.images)
+    second = replace(first, prompt=replace(first.prompt, ids=turn_two), images=bare)
+    (again,) = driver.run(second)
+    new = len(turn_two) - 32  # the last block of turn one was not full
+    after = driver.engine.stats()
+    assert again.needed == []
+    assert again.prefill.kv_images == (0, 1)
+    assert runner.computed(1) == new + 5  # all but the last token of the answer
+    assert all(not row.pictures for plan in runner.plans for row in plan.rows if row.sequence_id == 1)
+    assert after.prompt_tokens - before.prompt_tokens == len(turn_two)
+    assert after.cached_tokens - before.cached_tokens == len(turn_two) - new
+    assert again.ids == lone_run(model, replace(second, images=first.images))
+
+
 def test_only_the_missing_picture_is_asked_for(model):
     driver = make_driver(model)
     driver.run(make_call(12, pictures=[("a", 2, 8)]))
@@ -261,10 +282,23 @@ def test_stats_add_up(model):
     assert stats.prompt_tokens == 18 + 7 + 18
     assert stats.cached_tokens == 16
     assert stats.generated_tokens == 5 + 3 + 5
+    assert stats.computed_tokens == (18 + 4) + (7 + 2) + (18 - 16 + 4)  # the last token of an answer is not computed
+    assert stats.num_failed == 0
     assert (stats.num_running, stats.num_waiting, stats.blocks_used) == (0, 0, 0)
     assert stats.blocks_total == 64
     assert stats.num_steps == 5 + 5
     assert (stats.last_step_sequences, stats.last_step_tokens) == (1, 1)
+
+
+def test_waiting_is_counted_by_class(model):
+    driver = make_driver(model, max_sequences=1)
+    for n, priority in enumerate((Priority.ONLINE, Priority.BATCH, Priority.ONLINE, Priority.BATCH)):
+        driver.submit(make_call(6, seed=n, priority=priority))
+    driver.step()
+    stats = driver.engine.stats()
+    assert (stats.num_running, stats.num_waiting) == (1, 3)
+    assert (stats.num_waiting_online, stats.num_waiting_batch) == (1, 2)
+    driver.finish()
 
 
 def test_queue_time_is_measured_to_the_first_start(model):

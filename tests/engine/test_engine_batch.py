@@ -54,18 +54,23 @@ def test_only_rows_that_end_their_sequence_draw():
 
 
 @pytest.mark.parametrize("max_padding", [0, 1024])
-def test_attention_reads_each_rows_own_past_and_no_foreign_slot(max_padding, monkeypatch):
+@pytest.mark.parametrize("small", [0, 1024])
+@pytest.mark.parametrize("tile", [2, 128])
+def test_attention_reads_each_rows_own_past_and_no_foreign_slot(max_padding, small, tile, monkeypatch):
     monkeypatch.setattr(module, "MAX_PADDING", max_padding)
+    monkeypatch.setattr(module, "SMALL", small)
+    monkeypatch.setattr(module, "QUERY_TILE", tile)
     generator = torch.Generator().manual_seed(1)
     kv = make_kv()
-    for tensor in (kv._keys, kv._values):
-        tensor.fill_(torch.nan)  # whatever is read without having been written shows
+    kv._pool.fill_(torch.nan)  # whatever is read of a block that nobody began shows
     batch = build_batch(ROWS, block_size=SIZE, device=CPU)
     past = {row.sequence_id: torch.randn(2, row.end, 2, 8, generator=generator) for row in ROWS}
     for row in ROWS:
         if row.start:
             slots = torch.tensor([row.block_ids[p // SIZE] * SIZE + p % SIZE for p in range(row.start)])
-            kv.write(1, slots, past[row.sequence_id][0, : row.start], past[row.sequence_id][1, : row.start])
+            kv.begin(slots // SIZE)
+            keys, values = past[row.sequence_id][:, : row.start]
+            kv.write(1, kv.places(slots), keys, values)
     q = torch.randn(12, 4, 8, generator=generator)
     k = torch.cat([past[row.sequence_id][0, row.start :] for row in batch.rows])
     v = torch.cat([past[row.sequence_id][1, row.start :] for row in batch.rows])
@@ -77,6 +82,22 @@ def test_attention_reads_each_rows_own_past_and_no_foreign_slot(max_padding, mon
         mask = torch.ones(row.num_tokens, row.end, dtype=torch.bool).tril(row.start)
         expected = attention_reference(queries, keys, values, scale=8**-0.5, mask=mask)
         assert_close(out[first : first + row.num_tokens], expected[0].transpose(0, 1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("start", "num_tokens", "begins"),
+    [(0, 1, True), (0, SIZE, False), (SIZE, 1, True), (SIZE + 1, 1, False), (1, SIZE, True), (SIZE - 1, 1, False)],
+)
+def test_a_block_is_begun_once(start, num_tokens, begins):
+    row = make_row(0, start, num_tokens, tuple(range(5, 5 - (-(start + num_tokens) // SIZE))))
+    assert build_batch([row], block_size=SIZE, device=CPU).begun.tolist() == ([row.block_ids[-1]] if begins else [])
+
+
+def test_widths_are_rounded_by_an_eighth_at_most():
+    widths = [module._rounded(n) for n in range(1, 1000)]
+    assert widths[:16] == list(range(1, 17))
+    assert all(n <= width <= 1.125 * n for n, width in enumerate(widths, start=1))
+    assert len(set(widths)) < 70
 
 
 @pytest.mark.parametrize(
@@ -96,12 +117,29 @@ def test_lengths_are_grouped_until_padding_costs_more_than_a_call(lengths, expec
 def test_slots_keep_what_was_written():
     kv = make_kv()
     k, v = torch.randn(2, 3, 2, 8)
-    kv.write(0, torch.tensor([5, 2, 9]), k, v)
-    scratch = kv.new_scratch(4)
-    keys, values = kv.read(0, torch.tensor([9, 5, 5]), scratch)
-    assert torch.equal(keys, k[[2, 0, 0]])
-    assert torch.equal(values, v[[2, 0, 0]])
+    kv.write(0, kv.places(torch.tensor([5, 2, 9])), k, v)
+    window = kv.window(torch.tensor([[2, 1], [0, 2]]))  # two sequences of two blocks each
+    kv.read(0, window)
+    keys, values = window.keys, window.values
+    assert keys.shape == values.shape == (2 * 2, 2 * SIZE, 8)
+    for got, rows in ((keys, k), (values, v)):
+        first, second = got.unflatten(0, (2, 2))  # (kv_heads, positions, head_dim) of each
+        assert torch.equal(first[:, 9 - 2 * SIZE], rows[2])
+        assert torch.equal(first[:, SIZE + 5 - SIZE], rows[0])
+        assert torch.equal(second[:, 2], rows[1])
+        assert torch.equal(second[:, SIZE + 9 - 2 * SIZE], rows[2])
     layer_keys, layer_values = kv.blocks(0)
     assert layer_keys.shape == layer_values.shape == (CONFIG.num_blocks, SIZE, 2, 8)
     assert torch.equal(layer_keys[9 // SIZE, 9 % SIZE], k[2])
+    assert torch.equal(layer_values[9 // SIZE, 9 % SIZE], v[2])
     assert not kv.blocks(1)[0].any()
+
+
+def test_a_block_that_is_begun_forgets_its_past_in_every_layer():
+    kv = make_kv()
+    kv._pool.fill_(torch.nan)
+    kv.begin(torch.tensor([3, 1]))
+    for layer in range(2):
+        for tensor in kv.blocks(layer):
+            assert tensor.isnan().all(dim=(1, 2, 3)).tolist()[:5] == [True, False, True, False, True]
+            assert not tensor[[1, 3]].any()

@@ -10,11 +10,14 @@ from dataclasses import replace
 
 import pytest
 from engine_fakes import CONFIG, PaperRunner, lone_run, make_call, make_vectors
+from grammar_fakes import ANY_OBJECT, RECORD, formed, the_compiler
 
 from omnilmm.engine.engine import Engine
-from omnilmm.engine.loop import EngineLoop
+from omnilmm.engine.grammar import Matcher
+from omnilmm.engine.loop import NUM_COMPILERS, EngineLoop
 from omnilmm.engine.plan import Plan, StepResult
 from omnilmm.engine.runner import ModelRunner
+from omnilmm.engine.schema_check import GrammarLimits
 from omnilmm.errors import (
     ContextLengthExceeded,
     DeadlineExceeded,
@@ -59,6 +62,23 @@ class Crash(PaperRunner):
         if plan.rows:
             raise RuntimeError("the runner broke")
         return super().run(plan)
+
+
+class SlowCompiler:
+    """Compiles when it is let, and says when it has been asked."""
+
+    def __init__(self, timeout_s: float = PATIENCE_S) -> None:
+        self.limits = GrammarLimits(timeout_s=timeout_s)
+        self.arrived = threading.Semaphore(0)
+        self.allowed = threading.Event()
+
+    def start(self, grammar, **settings) -> Matcher:
+        self.arrived.release()
+        assert self.allowed.wait(PATIENCE_S), "the test forgot the compiler"
+        return the_compiler().start(grammar, **settings)
+
+    async def wait(self) -> None:
+        assert await asyncio.to_thread(self.arrived.acquire, timeout=PATIENCE_S), "nobody asked"
 
 
 class Recorder:
@@ -342,6 +362,91 @@ async def test_leaving_cancels_the_fetch(make_loop):
         reader.cancel()
         await was_cancelled.wait()
     assert await loop.drain(PATIENCE_S)
+
+
+# -- grammars -----------------------------------------------------------------------------------------
+
+
+async def test_answers_with_a_form_are_streamed_beside_others(make_loop, model):
+    loop = make_loop(grammars=the_compiler())
+    samplings = [formed(RECORD), Sampling(0), formed(ANY_OBJECT, temperature=1.0, seed=4), formed(RECORD, seed=2)]
+    calls = [make_call(5 + n, seed=n, max_tokens=20, sampling=s) for n, s in enumerate(samplings)]
+    answers = await asyncio.gather(*(collect(loop, call) for call in calls))
+    assert [ids_of(batches) for batches in answers] == [lone_run(model, call) for call in calls]
+
+
+async def test_an_answer_with_a_form_goes_on_elsewhere(make_loop, model):
+    call = make_call(9, max_tokens=20, sampling=formed(RECORD, temperature=1.0, seed=4))
+    whole = lone_run(model, call)
+    assert ids_of(await collect(make_loop(grammars=the_compiler()), replace(call, emitted=whole[:5]))) == whole[5:]
+
+
+async def test_others_go_on_while_a_grammar_is_compiled(make_loop, model):
+    compiler = SlowCompiler()
+    loop = make_loop(grammars=compiler)
+    call, other = make_call(6, max_tokens=20, sampling=formed()), make_call(9)
+    formed_answer = asyncio.ensure_future(collect(loop, call))
+    await compiler.wait()
+    assert ids_of(await collect(loop, other)) == lone_run(model, other)
+    assert not formed_answer.done()
+    compiler.allowed.set()
+    assert ids_of(await formed_answer) == lone_run(model, call)
+
+
+async def test_one_slow_grammar_does_not_hold_the_next_one_up(make_loop):
+    """A call that gives up leaves its compiler behind; there is another, and who finds none is told to come again."""
+    compiler = SlowCompiler(timeout_s=0.01)
+    loop = make_loop(grammars=compiler)
+    for _ in range(NUM_COMPILERS + 2):
+        with pytest.raises(Overloaded, match="grammars"):
+            await collect(loop, make_call(6, sampling=formed()))
+    assert loop.is_healthy
+    compiler.allowed.set()
+
+
+async def test_a_deadline_counts_the_compilation(make_loop):
+    compiler = SlowCompiler()
+    with pytest.raises(DeadlineExceeded):
+        await collect(make_loop(grammars=compiler), make_call(6, sampling=formed(), timeout_s=0.05))
+    compiler.allowed.set()
+
+
+async def test_a_reader_may_leave_while_its_grammar_is_compiled(make_loop):
+    compiler = SlowCompiler()
+    loop = make_loop(Gate(), grammars=compiler)
+    reader = asyncio.ensure_future(collect(loop, make_call(6, sampling=formed())))
+    await compiler.wait()
+    reader.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await reader
+    compiler.allowed.set()
+    assert await loop.drain(PATIENCE_S)
+
+
+async def test_a_stop_during_the_compilation_loses_the_replica(make_loop):
+    compiler = SlowCompiler()
+    loop = make_loop(grammars=compiler)
+    readers = [asyncio.ensure_future(collect(loop, make_call(6, sampling=formed()))) for _ in range(NUM_COMPILERS + 1)]
+    for _ in range(NUM_COMPILERS):
+        await compiler.wait()
+    await asyncio.to_thread(loop.stop)
+    compiler.allowed.set()
+    for reader in readers:
+        with pytest.raises(ReplicaLost):
+            await reader
+    with pytest.raises(ReplicaLost):
+        await collect(loop, make_call(6, sampling=formed()))
+
+
+async def test_a_form_that_cannot_be_had_is_refused(make_loop, model):
+    with pytest.raises(InvalidRequest, match="form") as caught:
+        await collect(make_loop(), make_call(6, sampling=formed()))
+    assert caught.value.param == "response_format"
+    loop = make_loop(grammars=the_compiler())
+    with pytest.raises(InvalidRequest, match="ignore_eos"):
+        await collect(loop, make_call(6, sampling=replace(formed(), stop_ids=())))
+    call = make_call(6, max_tokens=20, sampling=formed())
+    assert ids_of(await collect(loop, call)) == lone_run(model, call)
 
 
 # -- the end ------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from functools import cache
 
 import pytest
 from engine_fakes import CONFIG, Driver, lone_run, make_call, make_driver, make_ids, make_model, make_vectors
+from grammar_fakes import ANY_OBJECT, RECORD, formed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -25,6 +26,8 @@ SAMPLINGS = [
     Sampling(0, temperature=1.0, seed=3),
     Sampling(0, temperature=0.8, top_k=20, top_p=0.9, repetition_penalty=1.2, presence_penalty=0.3, seed=4),
     Sampling(0, repetition_penalty=1.3, stop_ids=(7, 19, 23, 42), min_tokens=2, frequency_penalty=0.2),
+    formed(RECORD, temperature=1.0, top_p=0.9, seed=6),
+    formed(ANY_OBJECT, repetition_penalty=1.2, min_tokens=3),
 ]
 
 

@@ -131,7 +131,15 @@ def test_a_greedy_batch_is_one_argmax(monkeypatch):
     def refuse(*args):
         raise AssertionError("work that no row asked for")
 
-    for name in ("_penalise_repetition", "_penalise_counts", "_add_bias", "_forbid_stopping", "_draw_random"):
+    names = (
+        "_penalise_repetition",
+        "_penalise_counts",
+        "_add_bias",
+        "_forbid_stopping",
+        "_keep_allowed",
+        "_draw_random",
+    )
+    for name in names:
         monkeypatch.setattr(module, name, refuse)
     monkeypatch.setattr(torch.Tensor, "clone", refuse)
     monkeypatch.setattr(torch.Tensor, "log_softmax", refuse)

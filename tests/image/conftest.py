@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
 
 from omnilmm.config import ImageLimits, ImagePolicy, InputHandling
+
+settings.register_profile("thorough", max_examples=2000, deadline=None)
 
 
 @pytest.fixture

@@ -13,6 +13,10 @@ from omnilmm.config import ImageLimits
 from omnilmm.errors import ImageError, PayloadTooLarge
 from omnilmm.image.data_uri import read_data_uri
 
+IS_THOROUGH = settings.get_current_profile_name() == "thorough"
+FUZZ = settings(max_examples=100_000 if IS_THOROUGH else 300, deadline=None, derandomize=not IS_THOROUGH, database=None)
+"""A few examples, always the same; 100,000 random ones with --hypothesis-profile=thorough."""
+
 PARAM = "messages[0].content[1].image_url.url"
 FILE = bytes(range(256)) * 3 + b"\xff"  # its base64 has + and / and two = signs
 TEXT = base64.b64encode(FILE).decode()
@@ -171,8 +175,49 @@ def test_every_file_comes_back_as_it_was(data: bytes, gaps: list[str], at: int) 
     assert read("data:image/png;base64," + text[:cut] + "".join(gaps) + text[cut:], limits) == data
 
 
-@settings(derandomize=True, deadline=None, max_examples=300)
-@given(st.one_of(st.text(max_size=60), st.text(max_size=60).map("data:image/png;base64,".__add__)))
+PIECES = st.sampled_from(
+    [
+        *(
+            "data:",
+            "DATA:",
+            "image/png",
+            "image/svg+xml",
+            "text/html",
+            "video/jpeg",
+            ";",
+            ";base64",
+            ";BASE64",
+            ",",
+            "=",
+        ),
+        *(
+            "AAAA",
+            "AA==",
+            "AAA=",
+            "A===",
+            "====",
+            "QUJD",
+            "-_-_",
+            "%41",
+            " ",
+            "\r\n",
+            "\t",
+            "\0",
+            "ü",
+            "ＡＡ",
+            ";charset=utf-8",
+        ),
+    ]
+)
+
+
+@FUZZ
+@given(
+    st.text(max_size=60)
+    | st.text(max_size=60).map("data:image/png;base64,".__add__)
+    | st.lists(PIECES, max_size=10).map("".join)
+    | st.lists(PIECES, max_size=10).map(lambda pieces: "data:image/png;base64," + "".join(pieces))
+)
 def test_any_text_is_read_or_refused(url: str) -> None:
     try:
         data = read(url)

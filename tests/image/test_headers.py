@@ -16,6 +16,10 @@ from PIL import Image
 from omnilmm.errors import ImageError
 from omnilmm.image.headers import picture_size, sniff
 
+IS_THOROUGH = settings.get_current_profile_name() == "thorough"
+FUZZ = settings(max_examples=100_000 if IS_THOROUGH else 300, deadline=None, derandomize=not IS_THOROUGH, database=None)
+"""A few examples, always the same; 100,000 random ones with --hypothesis-profile=thorough."""
+
 PICTURE = photo(37, 21)
 
 
@@ -146,7 +150,7 @@ def test_long_headers_are_given_up_quickly(data: bytes) -> None:
     assert time.process_time() - before < 0.5
 
 
-@settings(derandomize=True, deadline=None, max_examples=500)
+@FUZZ
 @given(
     magic=st.sampled_from(
         [b"", b"\xff\xd8\xff", PNG_SIGNATURE, b"GIF89a", b"RIFF\x20\0\0\0WEBPVP8X", *FOREIGN.values()]

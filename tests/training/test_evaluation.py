@@ -114,7 +114,7 @@ class ThreeRows:
 def test_held_out_loss_is_per_token_over_all_rows(learner_of: Callable[..., Learner], maker: SequenceMaker) -> None:
     learner, source = learner_of(), ThreeRows(maker)
     figures = HeldOutLoss(source, batch=2).measure(learner)
-    batch = collate([source.row(index, 1.0) for index in range(3)])
+    batch = collate([source.row(index, 0) for index in range(3)])
     assert figures["held_out_loss"] == pytest.approx(learner(batch).answers.item() / batch.num_targets, rel=1e-5)
     assert 0 <= figures["held_out_tokens"] <= 1
     assert learner.training

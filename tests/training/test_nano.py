@@ -76,6 +76,24 @@ def test_every_vector_of_a_picture_begins_by_looking_at_its_own_place(folder: Pa
     assert torch.equal(attention.argmax(-1), torch.arange(64))
 
 
+def test_every_head_of_the_tower_begins_by_looking_at_a_neighbour(folder: Path) -> None:
+    """With the constants of pico: head width 8, blocks 2, a grid of 4 x 4."""
+    config = read_model_config(folder)
+    vision = load_encoder(folder, config, dtype="float32").vision
+    width, head_dim, grid = vision.config.width, vision.config.head_dim, vision.config.grid
+    table = vision.pos_embed[0, int(vision.config.has_class_token) :]
+    for number, block in enumerate(vision.blocks):
+        q, k = (table @ part.T for part in block.attention.qkv.weight[: 2 * width].chunk(2))
+        for head in range(vision.config.num_heads):
+            rows = slice(head * head_dim, (head + 1) * head_dim)
+            best = (q[:, rows] @ k[:, rows].T).argmax(-1)
+            columns, lines = nano.NEIGHBOURS[number][head % 4]
+            for place in range(grid * grid):
+                line, column = place // grid + lines, place % grid + columns
+                if 0 <= line < grid and 0 <= column < grid:
+                    assert int(best[place]) == line * grid + column
+
+
 def test_position_tables_tell_every_place_from_every_other() -> None:
     table = wave_table(8, 128)
     likeness = torch.nn.functional.normalize(table, dim=1) @ torch.nn.functional.normalize(table, dim=1).T

@@ -45,6 +45,13 @@ def test_only_matrices_decay_and_parts_have_rates_of_their_own(learner_of: Calla
     assert not any(name.endswith("bias") or ".norm" in name for name in decaying)
 
 
+def test_the_encoder_can_be_slower_for_a_while(learner_of: Callable[..., Learner]) -> None:
+    optimiser = Optimiser(learner_of(), OptimiserConfig(learning_rate=1.0))
+    optimiser.step(0.2, encoder_rate=0.5)
+    rates = {group["part"]: group["lr"] for group in optimiser.groups}
+    assert rates == pytest.approx({"vision": 0.1, "resampler": 0.1, "llm": 0.2, "embeddings": 0.2})
+
+
 def test_long_gradients_are_cut_and_short_ones_are_not() -> None:
     gradients = [torch.full((2,), 3.0), torch.full((2,), 4.0)]
     norm = clip_gradients(gradients, 1.0)

@@ -121,7 +121,7 @@ def test_a_nano_begins_from_nothing_and_learns_from_scenes(
         "steps": 4,
         "batch": 2,
         "log_every": 1,
-        "scenes": {"conversations": 3, "held_out": 2, "sight": 0.5},
+        "scenes": {"conversations": 3, "held_out": 2, "sight": 2},
         "evaluate_every": 2,
         "save_every": 2,
         "device": "cpu",

@@ -17,6 +17,7 @@ from omnilmm.training.scenes import (
     Split,
     is_held_out,
     is_word_held_out,
+    make_full_scene,
     make_scene,
 )
 
@@ -90,3 +91,20 @@ def test_the_lowest_level_is_one_thing_on_plain_ground() -> None:
     for index in range(30):
         scene = make_scene(Split.TRAIN, 0, index, level=0.0)
         assert (len(scene.things), scene.writing, scene.texture) == (1, None, "plain")
+
+
+def test_full_scenes_show_much_and_no_pair_that_is_held_out() -> None:
+    scenes = [make_full_scene(3, index) for index in range(200)]
+    assert scenes[7] == make_full_scene(3, 7)
+    assert all(len(scene.things) >= 3 or len(scene.writings) >= 2 for scene in scenes)
+    assert not any(is_held_out(thing.colour, thing.shape) for scene in scenes for thing in scene.things)
+    assert any(scene.things for scene in scenes)
+    assert any(scene.writings for scene in scenes)
+
+
+@pytest.mark.parametrize("split", Split)
+def test_nothing_is_centred_on_a_border_between_cells(split: Split) -> None:
+    for scene in SCENES[split]:
+        places = [place for thing in scene.things for place in (thing.x, thing.y)]
+        places += [writing.y for writing in scene.writings]
+        assert all(0.09 < place * GRID % 1 < 0.91 for place in places)

@@ -13,7 +13,7 @@ from omnilmm.training.scenes_draw import PAINT, Scenery, draw, facts, load_scene
 
 
 def scene_with(*things: Thing, writing: Writing | None = None, texture: str = "plain", width: float = 1.0) -> Scene:
-    return Scene(things, writing, texture, noise=7, width=width)
+    return Scene(things, () if writing is None else (writing,), texture, noise=7, width=width)
 
 
 def thing(shape: str, colour: str = "red", x: float = 0.3, y: float = 0.6) -> Thing:
@@ -52,7 +52,7 @@ def test_shapes_look_different(bare_scenery: Scenery) -> None:
 def test_everything_stands_out_from_its_ground(split: Split, bare_scenery: Scenery) -> None:
     for index in range(25):
         scene = make_scene(split, 2, index)
-        empty = replace(scene, things=(), writing=None)
+        empty = replace(scene, things=(), writings=())
         assert draw(scene, bare_scenery, side=120).size == draw(empty, bare_scenery, side=120).size
         pixels = np.asarray(draw(scene, bare_scenery, side=224), float)
         corner = np.median(pixels[:6, :6].reshape(-1, 3), axis=0)
@@ -105,3 +105,10 @@ def test_letters_are_told_from_left_to_right(bare_scenery: Scenery) -> None:
     rows, columns, kinds = np.nonzero(table)
     assert {*rows.tolist()} == {4}
     assert [FACTS[kind] for kind in kinds[np.argsort(columns)]] == ["4", "7", "2"]
+
+
+def test_narrow_letters_have_cells_of_their_own(bare_scenery: Scenery) -> None:
+    for x in (0.4, 0.43, 0.5, 0.58):
+        table = facts(scene_with(writing=Writing("ILIJI", x, 0.5, 0.2, 0)), bare_scenery)
+        columns = np.nonzero(table.reshape(GRID, GRID, len(FACTS)))[1]
+        assert len({*columns.tolist()}) == 5

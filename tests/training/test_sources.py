@@ -55,8 +55,8 @@ def test_neighbours_about_one_picture_share_a_row(maker: SequenceMaker, pictures
     ]
     grouped = source(maker, pictures, *asked)
     assert grouped.num_rows == 3
-    assert [len(grouped.row(index, 0.0).target_nodes) > 0 for index in range(3)] == [True] * 3
-    assert len(grouped.row(0, 0.0).spans) == 1
+    assert [len(grouped.row(index, 0).target_nodes) > 0 for index in range(3)] == [True] * 3
+    assert len(grouped.row(0, 0).spans) == 1
     assert source(maker, pictures, *asked, max_group=1).num_rows == 4
 
 
@@ -65,13 +65,13 @@ def test_text_alone_is_a_row_of_its_own(maker: SequenceMaker, pictures: Path) ->
         maker, pictures, record(None, "a?", "b"), record(None, "a?", "c"), record(["0.png", "1.png"], "d?", "e")
     )
     assert made.num_rows == 3
-    assert [len(made.row(index, 0.0).pictures) for index in range(3)] == [0, 0, 2]
+    assert [len(made.row(index, 0).pictures) for index in range(3)] == [0, 0, 2]
 
 
 def test_pictures_are_those_of_the_files(maker: SequenceMaker, pictures: Path) -> None:
     made = source(maker, pictures, record(["2.png", "0.png"], "a?", "b"))
     for _ in range(2):  # the second time from memory
-        row = made.row(0, 0.0)
+        row = made.row(0, 0)
         np.testing.assert_array_equal(row.pictures[0], square(2))
         np.testing.assert_array_equal(row.pictures[1], square(0))
 
@@ -103,4 +103,4 @@ def test_a_broken_picture_is_an_error_of_ours(maker: SequenceMaker, pictures: Pa
     (pictures / "0.png").write_bytes(b"not a picture")
     made = source(maker, pictures, record("0.png", "a?", "b"))
     with pytest.raises(ConfigError, match=r"0\.png"):
-        made.row(0, 0.0)
+        made.row(0, 0)

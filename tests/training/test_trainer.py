@@ -35,7 +35,7 @@ class FewRows:
         self.num_rows: int | None = len(WORDS)
         self._rows = [row_about(maker, i, talk("What is it?", f"It is {word}.")) for i, word in enumerate(WORDS)]
 
-    def row(self, index: int, done: float) -> Row:
+    def row(self, index: int, step: int) -> Row:
         return self._rows[index]
 
 

@@ -67,9 +67,10 @@ def test_numbers_written_as_1e_4_are_numbers() -> None:
         ({"nano": "omnilmm"}, "checkpoint"),
         ({"checkpoint": None}, "checkpoint"),
         ({"scenes": {}}, "jsonl"),
-        ({"scenes": {"ramp": 2}, "jsonl": None}, "scenes"),
-        ({"scenes": {"sight": 0.6, "ramp": 0.6}, "jsonl": None}, "scenes"),
-        ({"scenes": {"sight": 0.5, "grounding": 0}, "jsonl": None}, "scenes.sight"),
+        ({"scenes": {"ramp": -2}, "jsonl": None}, "scenes"),
+        ({"scenes": {"encoder_rate": -0.1}, "jsonl": None}, "scenes"),
+        ({"scenes": {"sight": 0.5}, "jsonl": None}, "scenes.sight"),
+        ({"scenes": {"sight": 5, "grounding": 0}, "jsonl": None}, "scenes.sight"),
         ({"output": None}, "output"),
     ],
 )

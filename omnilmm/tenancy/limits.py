@@ -1,0 +1,131 @@
+"""Leaky buckets: how full a tenant's minute is, and whether one more request fits.
+
+A bucket has a level. What a request costs is poured in, and it drains evenly, `limit` in `window_s`. A request is let
+in if every bucket it costs something has room for it; if one has not, nothing is poured anywhere. So a tenant may use
+a whole minute's worth at once, and on the long run never more than the limit. (The same rule as ATM's generic cell
+rate algorithm, ITU-T I.371, told by level instead of by theoretical arrival time: a level keeps its meaning when the
+limit changes.)
+
+What an answer takes is known only at its end, so tokens are reserved and corrected. What was poured in too much is
+given back less what has drained of it meanwhile: the level afterwards is never below what it would be had the truth
+been known from the start.
+
+This file is the rule in plain Python, and the books of one process. `shared_limits` is the same rule inside Redis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from omnilmm.ports import Clock
+
+MINUTE_S: Final = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a request asks of one bucket. With `cost` 0 it asks nothing, and is told the level."""
+
+    bucket: str
+    limit: float
+    window_s: float
+    cost: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """The truth about one bucket: `surplus` was poured in too much, or, below zero, too little."""
+
+    bucket: str
+    limit: float
+    window_s: float
+    surplus: float
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """The answer to a request.
+
+    `levels` are by bucket, after pouring if it was admitted. `is_crowded`: too many of the tenant's requests run.
+    `at` is the time by the clock of whoever decided, in seconds.
+    """
+
+    admitted: bool
+    is_crowded: bool
+    levels: Mapping[str, float]
+    at: float
+
+
+def drained(level: float, elapsed_s: float, limit: float, window_s: float) -> float:
+    """The level after `elapsed_s`. A clock that jumped back drains nothing."""
+    return max(0.0, level - max(0.0, elapsed_s) * limit / window_s)
+
+
+def refund(surplus: float, elapsed_s: float, limit: float, window_s: float) -> float:
+    """What of a surplus is still in the bucket `elapsed_s` after it was poured in."""
+    return drained(surplus, elapsed_s, limit, window_s)
+
+
+def fits(level: float, demand: Demand) -> bool:
+    return demand.cost <= 0 or level + demand.cost <= demand.limit
+
+
+class LocalLimits:
+    """The books of one process: all there is where no Redis is, and its share while Redis is away."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._buckets: dict[tuple[str, str], tuple[float, float]] = {}  # (tenant, bucket): level, at
+        self._running: dict[str, set[str]] = {}
+
+    def admit(
+        self, tenant: str, permit: str, demands: Sequence[Demand], *, max_running: int | None, share: float = 1.0
+    ) -> Decision:
+        """Let the request in, or not. With `share` below 1, only that part of each limit is ours to give.
+
+        A share can be smaller than one honest request. Such a request is let in when its bucket is empty, and the
+        bucket then overflows and takes longer to drain: the rate is kept, the burst is one request.
+        """
+        now = self._clock.monotonic()
+        running = self._running.get(tenant, set())
+        is_crowded = max_running is not None and len(running) >= max(1, int(max_running * share))
+        shares = [replace(demand, limit=demand.limit * share) for demand in demands]
+        levels = {demand.bucket: self._level(tenant, demand, now) for demand in shares}
+        admitted = not is_crowded and all(
+            fits(levels[ours.bucket], ours) or (levels[ours.bucket] <= 0 and ours.cost <= whole.limit)
+            for ours, whole in zip(shares, demands, strict=True)
+        )
+        if admitted:
+            for demand in demands:
+                if demand.cost > 0:
+                    levels[demand.bucket] += demand.cost
+                    self._buckets[tenant, demand.bucket] = (levels[demand.bucket], now)
+            self._running.setdefault(tenant, set()).add(permit)
+        return Decision(admitted, is_crowded, levels, now)
+
+    def settle(
+        self, tenant: str, permit: str, admitted_at: float, corrections: Sequence[Correction], *, share: float = 1.0
+    ) -> None:
+        """The request is over; `corrections` say what it took beyond or below what was poured in."""
+        now = self._clock.monotonic()
+        for ours in (replace(correction, limit=correction.limit * share) for correction in corrections):
+            level = self._level(tenant, ours, now)
+            if ours.surplus > 0:
+                level = max(0.0, level - refund(ours.surplus, now - admitted_at, ours.limit, ours.window_s))
+            else:
+                level -= ours.surplus
+            self._buckets[tenant, ours.bucket] = (level, now)
+        running = self._running.get(tenant, set())
+        running.discard(permit)
+        if not running:
+            self._running.pop(tenant, None)
+
+    @property
+    def num_running(self) -> int:
+        return sum(map(len, self._running.values()))
+
+    def _level(self, tenant: str, demand: Demand | Correction, now: float) -> float:
+        level, at = self._buckets.get((tenant, demand.bucket), (0.0, now))
+        return drained(level, now - at, demand.limit, demand.window_s)
