@@ -43,8 +43,8 @@ PROCESS_ENVIRONMENT: Mapping[str, str] = {
     # Several processes share the cores. By default their OpenMP threads spin for long while they wait for each other,
     # which on a busy machine makes every one of them tens of times slower. Sleeping at once (OMP_WAIT_POLICY=PASSIVE)
     # makes a decode step on a quiet machine half as slow again. So they spin for about as long as what a step does
-    # between two parallel loops takes, some 50 us. Read when torch is loaded.
-    "GOMP_SPINCOUNT": "2000",
+    # between two parallel loops takes, some 100 us. Read when torch is loaded.
+    "GOMP_SPINCOUNT": "5000",
 }
 SettingsT = TypeVar("SettingsT", bound="Settings")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)

@@ -23,7 +23,7 @@ from omnilmm.models.attention import Attend, attention_products, attention_sdpa
 MAX_PADDING = 1024
 """Padded positions a group of decodes may hold: about as many as one more attention call costs."""
 
-SMALL = 1024
+SMALL = 2048
 """Keys, over all heads, up to which a group of decodes is faster in torch's fused kernel than as matrix products."""
 
 QUERY_TILE = 128
@@ -93,6 +93,7 @@ class _Decodes:
 
     first: int  # token
     num_rows: int
+    num_seen: int  # keys that every row sees
     window: Window
     mask: Tensor | None  # (num_rows * kv_heads, 1, 1, num_keys) in the pool's dtype, 0 or -inf
 
@@ -104,7 +105,8 @@ class _Decodes:
         queries = rows.reshape(len(k), -1, 1, q.shape[-1])
         scale = q.shape[-1] ** -0.5
         if k.shape[0] * k.shape[1] > SMALL:
-            return attention_products(queries, k, v, scale=scale, mask=self.mask).view(rows.shape)
+            hidden = None if self.mask is None else self.mask[..., self.num_seen :]
+            return attention_products(queries, k, v, scale=scale, mask=hidden).view(rows.shape)
         # The heads that share a key head take the place of queries, and the key heads of all rows that of heads.
         mask = None if self.mask is None else self.mask.squeeze(1)
         out = attention_sdpa(queries.view(1, len(k), -1, q.shape[-1]), k[None], v[None], scale=scale, mask=mask)
@@ -182,7 +184,7 @@ def _decodes(batch: Batch, kv: PagedKV, num_decodes: int) -> Iterator[_Decodes]:
             hidden = torch.from_numpy(np.arange(num_keys) >= ends[:, None])  # (rows * kv_heads, num_keys)
             mask = torch.zeros(hidden.shape, dtype=kv.dtype).masked_fill(hidden, -torch.inf)
             mask = mask.to(batch.device)[:, None, None]
-        yield _Decodes(begin, len(rows), window, mask)
+        yield _Decodes(begin, len(rows), rows[-1].end, window, mask)
 
 
 def _rounded(num_blocks: int) -> int:

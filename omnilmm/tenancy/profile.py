@@ -63,6 +63,9 @@ class TenantProfile:
         for name in changes:
             if name not in known:
                 raise InvalidRequest(f"'{name[:64]}' cannot be set.", param=name[:64], code="unknown_parameter")
+        if changes.get("cache_bytes") is not None:
+            # the books for it are kept, but the pools do not yet ask them before they store a picture's vectors
+            raise InvalidRequest("'cache_bytes' is not enforced yet.", param="cache_bytes", code="unsupported_value")
         merged = {**self.document(), **changes}
         return TenantProfile(
             name=self.name,

@@ -11,8 +11,8 @@ over HTTP. An encode is counted where the system itself says that it made one.
 
     python tests/bench/multiturn.py [--only SYSTEM] [--results FOLDER] [--chart docs/bench-multiturn.png]
 
-`--only` measures one system and keeps its figures in FOLDER beside those of earlier runs, so that a shared machine is
-not held for long. The table and the chart are made of all that is there.
+`--only` measures one system (or nothing) and keeps its figures in FOLDER beside those of earlier runs, so that a shared
+machine is not held for long. The table and the chart are made of all that is there.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Chat:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=SYSTEMS)
+    parser.add_argument("--only", choices=(*SYSTEMS, "nothing"))
     parser.add_argument("--results", type=Path, help="a folder that keeps figures; a temporary one if not given")
     parser.add_argument("--chart", type=Path)
     parser.add_argument("--chats", type=int, default=10)
@@ -93,7 +93,7 @@ def main() -> None:
         checkpoint = results / "checkpoint"
         if not (checkpoint / "model.safetensors").exists():
             (results / "checkpoint.txt").write_text(write_checkpoint(checkpoint), encoding="utf-8")
-        for system in (options.only,) if options.only else SYSTEMS:
+        for system in [one for one in SYSTEMS if options.only in (one, None)]:
             asked = measure(system, checkpoint, options, Path(scratch))
             (results / f"{system}.json").write_text(json.dumps([asdict(one) for one in asked]), encoding="utf-8")
         print((results / "checkpoint.txt").read_text(encoding="utf-8"))
@@ -305,8 +305,7 @@ def draw_chart(figures: dict[str, list[Asked]], path: Path) -> None:
             axes.plot([place, place], [p50, p99], color="black", linewidth=1)
     axes.set_xticks(range(len(ROWS)), [row.replace(", ", ",\n").replace("80 % ", "80 %\n") for row in ROWS])
     axes.set_ylabel("time to first token, ms (bar: p50, line: to p99)")
-    axes.set_yscale("log")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, ncols=len(figures), loc="lower center", bbox_to_anchor=(0.5, 1.0))
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
 

@@ -32,12 +32,18 @@ def enter(directory, clock):
 
 
 def test_a_tenant_is_as_it_was_made(directory, enter):
-    changes = {"weight": 2, "priority": "batch", "models": ["b", "a"], "tokens_per_min": 5, "cache_bytes": 7}
+    changes = {"weight": 2, "priority": "batch", "models": ["b", "a"], "tokens_per_min": 5, "concurrent_requests": 7}
     directory.add("acme", changes)
     new = directory.add_key("acme", models=["a"])
     tenant = enter(new.secret)
     assert tenant == Tenant(
-        "acme", "acme", frozenset("a"), 2.0, Priority.BATCH, TenantLimits(tokens_per_min=5, cache_bytes=7), new.info.id
+        "acme",
+        "acme",
+        frozenset("a"),
+        2.0,
+        Priority.BATCH,
+        TenantLimits(tokens_per_min=5, concurrent_requests=7),
+        new.info.id,
     )
 
 
@@ -252,3 +258,10 @@ def test_revoking_the_last_key_does_not_open_the_server(directory, clock):
     assert not book.is_open
     with pytest.raises(Unauthorized):
         book.authenticate([], "127.0.0.1")
+
+
+def test_a_limit_that_nobody_enforces_is_refused(directory):
+    with pytest.raises(InvalidRequest) as refused:
+        directory.add("acme", {"cache_bytes": 7})
+    assert refused.value.param == "cache_bytes"
+    directory.add("acme", {"cache_bytes": None})
