@@ -14,12 +14,13 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Collection, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, field
 
 from omnilmm.cache.key import KeyRing
 from omnilmm.card import ModelCard
 from omnilmm.config import ImageLimits
-from omnilmm.errors import ImageError, Overloaded, ReplicaLost
+from omnilmm.errors import ImageError, OmniError, Overloaded, ReplicaLost
 from omnilmm.image.source import check_picture, check_request_pixels, located
 from omnilmm.messages import Embedding, Encoded, ImagePart, ImageSource, PixelIdentity, PreparedImage
 from omnilmm.ports import Clock, EmbeddingStore, Encoder, Hit, ImagePreparer, Lease, Lookup
@@ -38,6 +39,15 @@ class Picture:
     embedding: Embedding | None = None  # only when it must travel by value
     seconds: float = 0.0  # from the lookup until its vectors could be had
     encode_s: float = 0.0  # of it, what the vision pool took, if this request had it encoded
+
+
+@dataclass(slots=True)
+class _Preparing:
+    """A file on its way to pixels. Neither a picture nor an error: whoever decoded it left."""
+
+    is_done: asyncio.Event = field(default_factory=asyncio.Event)
+    prepared: PreparedImage | None = None
+    error: OmniError | None = None
 
 
 class Gathering:
@@ -80,6 +90,7 @@ class Gatherer:
         self._limits = limits
         self._clock = clock
         self._retries = retries
+        self._preparing: dict[bytes, _Preparing] = {}
 
     # -- recognise ------------------------------------------------------------------------------------
 
@@ -142,11 +153,33 @@ class Gatherer:
 
     async def _prepare(self, picture: Picture) -> PreparedImage:
         if picture.prepared is None:
-            assert self._card.policy is not None
-            picture.prepared = await self._preparer.prepare(
+            picture.prepared = await self._prepare_once(picture)
+        return picture.prepared
+
+    async def _prepare_once(self, picture: Picture) -> PreparedImage:
+        """Decode, or wait for whoever decodes the same file at this moment."""
+        digest = hashlib.sha256(picture.part.data).digest()
+        while (other := self._preparing.get(digest)) is not None:
+            await other.is_done.wait()
+            if other.prepared is not None:
+                return other.prepared
+            if other.error is not None:
+                error = copy(other.error)
+                error.param = picture.part.param
+                raise error
+        mine = self._preparing[digest] = _Preparing()
+        assert self._card.policy is not None
+        try:
+            mine.prepared = await self._preparer.prepare(
                 picture.part.data, policy=self._card.policy, param=picture.part.param
             )
-        return picture.prepared
+        except OmniError as error:
+            mine.error = copy(error)
+            raise
+        finally:
+            del self._preparing[digest]
+            mine.is_done.set()
+        return mine.prepared
 
     # -- obtain ---------------------------------------------------------------------------------------
 

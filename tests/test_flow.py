@@ -5,6 +5,7 @@ import hashlib
 import io
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -236,6 +237,54 @@ async def test_simultaneous_requests_for_one_picture_share_the_flight(house):
     answers = await asyncio.gather(leader, *followers)
     assert len(house.encoder.calls) == 1
     assert [s for _, f in answers for s in sources(f)] == [ImageSource.ENCODED] + [ImageSource.FLIGHT] * 4
+
+
+@pytest.fixture
+def decoding(house):
+    """Calls of the preparer, held until `gate` is set."""
+    prepare, calls, gate = house.flow._gatherer._preparer.prepare, [], asyncio.Event()
+
+    async def held(data, **options):
+        calls.append(options["param"])
+        await gate.wait()
+        return await prepare(data, **options)
+
+    house.flow._gatherer._preparer = SimpleNamespace(prepare=held)
+    return SimpleNamespace(calls=calls, gate=gate)
+
+
+async def until_waiting(num):
+    """Let the loop turn until so many tasks stand still; they have nothing else to wait for here."""
+    for _ in range(20 * num):
+        await asyncio.sleep(0)
+
+
+async def test_a_file_that_many_send_at_once_is_decoded_once(house, decoding):
+    asking = [asyncio.create_task(house.answer(ask(RED, f"Question {i}"))) for i in range(20)]
+    await until_waiting(20)
+    decoding.gate.set()
+    await asyncio.gather(*asking)
+    assert len(decoding.calls) == 1
+
+
+async def test_a_file_is_decoded_by_the_next_one_when_the_first_leaves(house, decoding):
+    first, *others = [asyncio.create_task(house.answer(ask(RED, f"Question {i}"))) for i in range(3)]
+    await until_waiting(3)
+    first.cancel()
+    await until_waiting(3)
+    decoding.gate.set()
+    await asyncio.gather(*others)
+    assert len(decoding.calls) == 2
+
+
+async def test_a_bad_file_is_refused_to_each_at_its_own_place(house, decoding):
+    bad = RED[:40] + bytes(60)
+    asking = [asyncio.create_task(house.answer(ask(*before, bad, "What?"))) for before in ((), (BLUE,))]
+    await until_waiting(4)
+    decoding.gate.set()
+    refusals = await asyncio.gather(*asking, return_exceptions=True)
+    assert all(isinstance(refusal, ImageError) for refusal in refusals)
+    assert [refusal.param for refusal in refusals] == ["part[0]", "part[1]"]
 
 
 async def test_a_failed_leader_hands_over(house):
