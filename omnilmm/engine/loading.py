@@ -6,12 +6,15 @@ import asyncio
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Final
 
 from omnilmm.engine.shelf import AdapterShelf, Loaded, unusable
-from omnilmm.errors import CheckpointError, DeadlineExceeded, ReplicaLost
+from omnilmm.errors import CheckpointError, DeadlineExceeded, Overloaded, ReplicaLost
 
 logger = logging.getLogger(__name__)
+
+PATIENCE_S: Final = 0.5
+"""How long a call waits for room before it is refused."""
 
 Submit = Callable[[Callable[[str], Loaded], str], Any]
 """Runs a function on the loader's thread, one after another: `submit` of an executor with one thread."""
@@ -36,11 +39,23 @@ class AdapterLoader:
 
         Raises:
             NotFound: there is no adapter of that name.
-            Overloaded: all room is in use.
+            Overloaded: all room is in use, and was for half a second.
             DeadlineExceeded: it took too long.
             ReplicaLost: nothing is loaded any more.
             OmniError: its files cannot be used.
         """
+        loop = asyncio.get_running_loop()
+        begun, pause = loop.time(), 0.01
+        while True:
+            try:
+                return await self._hold(name, ends_at)
+            except Overloaded:  # an answer's adapter is let go of a moment after its last token is out
+                if loop.time() - begun > PATIENCE_S:
+                    raise
+                await asyncio.sleep(pause)
+                pause *= 2
+
+    async def _hold(self, name: str, ends_at: float) -> Loaded:
         with self._gate:
             held = self._shelf.try_hold(name)
         if held is not None:
