@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from pathlib import Path
+
 import pytest
 from sources import house, report
 
@@ -26,6 +29,21 @@ def test_names_say_what_is_inside() -> None:
 
 def test_every_folder_of_code_is_a_package() -> None:
     assert check_packages({source.path for source in house()}) == []
+
+
+def check_test_names(paths: list[str]) -> list[str]:
+    """File names that two modules under tests/ share: pytest imports them by their bare name, and stops at the second."""
+    count = Counter(path.rpartition("/")[2] for path in paths)
+    return sorted(name for name, times in count.items() if times > 1 and name != "conftest.py")
+
+
+def test_test_modules_have_names_of_their_own() -> None:
+    tests = Path(__file__).parents[1]
+    assert check_test_names([path.relative_to(tests).as_posix() for path in tests.rglob("*.py")]) == []
+
+
+def test_two_test_modules_of_one_name_are_found() -> None:
+    assert check_test_names(["e2e/test_a.py", "image/test_a.py", "e2e/conftest.py", "conftest.py"]) == ["test_a.py"]
 
 
 @pytest.mark.parametrize("path", ["omnilmm/utils.py", "omnilmm/engine/helpers.py", "deployments/common/ids.py"])
