@@ -32,7 +32,7 @@ def test_every_folder_of_code_is_a_package() -> None:
 
 
 def check_test_names(paths: list[str]) -> list[str]:
-    """File names that two modules under tests/ share: pytest imports them by their bare name, and stops at the second."""
+    """Names that two modules under tests/ share: pytest imports them by their bare name, and stops at the second."""
     count = Counter(path.rpartition("/")[2] for path in paths)
     return sorted(name for name, times in count.items() if times > 1 and name != "conftest.py")
 
