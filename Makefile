@@ -3,6 +3,8 @@
 # make lint | format  check the code | put it in order
 # make bench          start a server and measure its turns; for one model: ARGS='--model NAME=PATH'
 # make bench-engine   our decode engine beside others, for a text checkpoint: ARGS='--model FOLDER'
+# make bench-multiturn  turns about pictures beside other arrangements: ARGS='--only ours --results FOLDER'
+# make bench-gpu      full-size models of random weights on a CUDA device
 # make install        only install        make clean   remove what the other targets made
 #
 # PYTHON       the interpreter for the virtual environment (3.11 or newer)
@@ -19,7 +21,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 TORCH := $(shell grep '^torch==' requirements.lock)
 
-.PHONY: serve test lint format bench bench-engine install clean
+.PHONY: serve test lint format bench bench-engine bench-multiturn bench-gpu install clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.serve
@@ -30,6 +32,12 @@ bench: $(VENV)/.develop
 
 bench-engine: $(VENV)/.develop
 	@$(BIN)/python tests/bench/engine.py $(ARGS)
+
+bench-multiturn: $(VENV)/.develop
+	@$(BIN)/python tests/bench/multiturn.py $(ARGS)
+
+bench-gpu: $(VENV)/.develop
+	@$(BIN)/python tests/bench/gpu.py $(ARGS)
 
 test: $(VENV)/.develop
 	@$(BIN)/python -m pytest $(ARGS)

@@ -1,33 +1,37 @@
-"""`omnilmm batch run`: many pictures and prompts through a model on this machine, without any server."""
+"""`omnilmm batch run`: many pictures and prompts through a model without any server, here or on a cluster."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import statistics
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from omnilmm.batch.offline import Done, answer_rows, count_results, write_output
+from cluster.batch_scenes import draw, score
+from cluster.batch_service import Load, LocalService, Tally
+from omnilmm.batch.locations import locate
+from omnilmm.batch.offline import Done, answer_rows, count_results, progress_folder, write_output
 from omnilmm.batch.offline import Progress as Journal
 from omnilmm.batch.sources import Asking, Row, fingerprint, is_openai, read_rows
-from omnilmm.config import EngineConfig, ImageLimits, InputHandling
+from omnilmm.config import EngineConfig, InputHandling
 from omnilmm.errors import ConfigError, OmniError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from omnilmm.card import ModelCard
-    from omnilmm.pipeline import Pipeline
 
 batch = typer.Typer(help="Many requests at once.", no_args_is_help=True)
+batch.command("draw")(draw)
+batch.command("score")(score)
 
-TENANT = "offline"
 TABLE_MODEL = "model"
 """What rows of tables call the model; lines in OpenAI's shape have their own name for it."""
 SAMPLED_PROMPTS = 100
@@ -37,8 +41,10 @@ QUEUE_RATIO = 1.5
 
 @batch.command("run")
 def run(  # noqa: PLR0917  the parameters of a command are its options
-    source: Annotated[Path, typer.Argument(metavar="INPUT", help="JSONL, CSV, Parquet, or a folder of pictures.")],
-    output: Annotated[Path, typer.Argument(help="A .jsonl or .parquet file.", dir_okay=False)],
+    source: Annotated[
+        str, typer.Argument(metavar="INPUT", help="JSONL, CSV, Parquet, or a folder of pictures; a path or a URL.")
+    ],
+    output: Annotated[str, typer.Argument(help="A .jsonl or .parquet file; a path or a URL.")],
     model: Annotated[str | None, typer.Option(help="Checkpoint folder or hub id; a tiny built-in one if none.")] = None,
     prompt: Annotated[str | None, typer.Option(help="What to ask of each row; {column} is the row's value.")] = None,
     system: Annotated[str | None, typer.Option(help="System message before each prompt.")] = None,
@@ -58,102 +64,103 @@ def run(  # noqa: PLR0917  the parameters of a command are its options
     allow_host: Annotated[
         list[str] | None, typer.Option(help="Fetch pictures from https URLs of this host; repeatable.")
     ] = None,
+    allow_store: Annotated[
+        list[str] | None,
+        typer.Option(help="Read pictures from URLs of this scheme, such as s3, besides the input's own; repeatable."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     input_handling: Annotated[InputHandling, typer.Option(help="safe or original.")] = InputHandling.SAFE,
     concurrency: Annotated[int, typer.Option(min=1, max=4096, help="Sequences decoded at a time.")] = 64,
     kv_blocks: Annotated[int, typer.Option(min=64, help="KV cache, in blocks of 16 tokens.")] = 2048,
+    ray: Annotated[
+        str | None, typer.Option(help='Run on a Ray cluster: its address, "auto", or "local" for one of our own.')
+    ] = None,
+    encoders: Annotated[int, typer.Option(min=1, help="With --ray: workers that encode pictures.")] = 1,
+    decoders: Annotated[int, typer.Option(min=1, help="With --ray: workers that decode answers.")] = 1,
+    gpus: Annotated[float, typer.Option(min=0, help="With --ray: GPUs that each worker books.")] = 0.0,
 ) -> None:
     """Ask a model about every row of INPUT. Run it again to go on where it stopped."""
     console = Console(highlight=False, soft_wrap=True)
-    if output.exists() and not dry_run:
-        console.print(f"{output} is there already; remove it to run again")
+    read, write = locate(source), locate(output)
+    if write.is_file() and not dry_run:
+        console.print(f"{write} is there already; remove it to run again")
         return
-    if output.suffix.lower() not in (".jsonl", ".parquet") or (is_openai(source) and output.suffix == ".parquet"):
+    if ray is None and (encoders, decoders, gpus) != (1, 1, 0.0):
+        raise ConfigError("--encoders, --decoders and --gpus are for --ray")
+    if write.suffix not in (".jsonl", ".parquet") or (is_openai(read) and write.suffix == ".parquet"):
         raise ConfigError("the output is a .jsonl file, or for tables and folders a .parquet file")
     fields: dict[str, Any] = {} if max_tokens is None else {"max_tokens": max_tokens}
     fields |= {} if seed is None else {"seed": seed}
     fields |= {"temperature": 0.0, "repetition_penalty": 1.0} if greedy else {}
-    asking = Asking(TABLE_MODEL, prompt, system, image_column, id_column, fields)
-    if is_openai(source) and (prompt is not None or system is not None or fields):
+    asking = Asking(TABLE_MODEL, prompt, system, image_column, id_column, fields, frozenset(allow_store or ()))
+    if is_openai(read) and (prompt is not None or system is not None or fields):
         raise ConfigError(
             "lines in OpenAI's shape say themselves what to ask: prompt and sampling options are for tables"
         )
-    rows = _chosen(read_rows(source, asking), limit, sample, seed)
+    rows = _chosen(read_rows(read, asking), limit, sample, seed)
     path = model or _demo_model()
     if dry_run:
         _estimate(rows, path, dtype=dtype, handling=input_handling, price=price, console=console)
         return
-    wanted = {"model": path, "asking": [prompt, system, image_column, id_column, fields], "rows": [limit, sample, seed]}
-    journal = Journal(output, fingerprint(source, rows, wanted | {"dtype": dtype, "handling": input_handling}))
+    wanted: dict[str, Any] = {"model": path, "rows": [limit, sample, seed]}
+    wanted |= {"asking": [prompt, system, image_column, id_column, fields]}
+    wanted |= {"dtype": dtype, "handling": input_handling, "output": str(write) if write.scheme else None}
+    journal = Journal(progress_folder(write), fingerprint(read, rows, wanted))
     engine = EngineConfig(num_blocks=kv_blocks, max_sequences=concurrency, max_waiting=4 * concurrency)
+    load = Load(path, _model_of(rows[0]), dtype, device, input_handling, engine, tuple(allow_host or ()))
+    max_running = int(concurrency * QUEUE_RATIO)
     try:
-        tally = asyncio.run(
-            _run(
-                rows,
-                journal,
-                _Load(path, dtype, device, input_handling, engine, tuple(allow_host or ())),
-                console,
-            )
-        )
+        with _without_logs(), _bar(len(rows), len(journal.records)) as (tally, tell):
+            if ray is None:
+                asyncio.run(_run_here(rows, journal, load, max_running, tell))
+            else:
+                from cluster.batch_ray import Pools, answer_rows_on_ray
+
+                pools = Pools(ray, encoders, decoders, gpus)
+                answer_rows_on_ray(rows, load, journal, pools, max_running=max_running, tell=tell)
     except BaseException:
         journal.close()
         console.print("stopped; run the same command again to go on")
         raise
-    write_output(output, rows, journal, is_table=not is_openai(source))
+    write_output(write, rows, journal, is_table=not is_openai(read))
     num_answered, num_failed = count_results(journal.records)
     journal.remove()
-    console.print(f"wrote {output}: {num_answered} answered, {num_failed} failed; {tally.summary()}")
+    console.print(f"wrote {write}: {num_answered} answered, {num_failed} failed; {tally.summary()}")
 
 
-@dataclass(frozen=True, slots=True)
-class _Load:
-    """How the model is loaded, and from where pictures may be fetched."""
-
-    path: str
-    dtype: str
-    device: str
-    handling: InputHandling
-    engine: EngineConfig
-    hosts: tuple[str, ...]
-
-
-@dataclass(slots=True)
-class Tally:
-    """What a run has done so far."""
-
-    begun: float = field(default_factory=time.monotonic)
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    pictures: int = 0
-    encoded: int = 0
-    failed: int = 0
-
-    def add(self, done: Done) -> None:
-        if done.body is None:
-            self.failed += 1
-            return
-        usage = done.body["usage"]
-        self.prompt_tokens += usage.get("prompt_tokens", 0)
-        self.completion_tokens += usage.get("completion_tokens", 0)
-        images = usage.get("images", [])
-        self.pictures += len(images)
-        self.encoded += sum(image["source"] == "encoded" for image in images)
-
-    def summary(self) -> str:
-        seconds = max(time.monotonic() - self.begun, 1e-9)
-        return (
-            f"{self.completion_tokens / seconds:.0f} tokens/s, "
-            f"{self.pictures - self.encoded} of {self.pictures} pictures were there already, {self.failed} failures"
-        )
-
-
-async def _run(rows: Sequence[Row], journal: Journal, load: _Load, console: Console) -> Tally:
+async def _run_here(
+    rows: Sequence[Row], journal: Journal, load: Load, max_running: int, tell: Callable[[Done], None]
+) -> None:
     from omnilmm.pipeline import Pipeline
 
     pipeline = Pipeline.load(
         load.path, dtype=load.dtype, device=load.device, input_handling=load.handling, engine=load.engine
     )
+    async with pipeline:
+        service = LocalService.over(pipeline, load.name, hosts=load.hosts)
+        try:
+            await answer_rows(rows, service.ask, journal, max_running=max_running, tell=tell)
+        finally:
+            await service.aclose()
+
+
+@contextmanager
+def _without_logs() -> Iterator[None]:
+    """A server notes every answer and every receipt; here they would run through the bar."""
+    logger = logging.getLogger("ray.serve")
+    before = logger.disabled
+    logger.disabled = True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+@contextmanager
+def _bar(total: int, done_before: int) -> Iterator[tuple[Tally, Callable[[Done], None]]]:
+    """A bar on stderr, and what it is told of each row."""
+    tally = Tally()
     columns = (
         BarColumn(),
         MofNCompleteColumn(),
@@ -161,59 +168,14 @@ async def _run(rows: Sequence[Row], journal: Journal, load: _Load, console: Cons
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    async with pipeline:
-        service = LocalService.over(pipeline, _model_of(rows[0]), hosts=load.hosts)
-        tally = Tally()
-        try:
-            with Progress(*columns, console=Console(stderr=True), refresh_per_second=4) as bar:
-                task = bar.add_task("", total=len(rows), completed=len(journal.records), rate="")
+    with Progress(*columns, console=Console(stderr=True), refresh_per_second=4) as bar:
+        task = bar.add_task("", total=total, completed=done_before, rate="")
 
-                def tell(done: Done) -> None:
-                    tally.add(done)
-                    bar.update(task, advance=1, rate=tally.summary())
+        def tell(done: Done) -> None:
+            tally.add(done)
+            bar.update(task, advance=1, rate=tally.summary())
 
-                max_running = int(load.engine.max_sequences * QUEUE_RATIO)
-                await answer_rows(rows, service.ask, journal, max_running=max_running, tell=tell)
-        finally:
-            await service.aclose()
-    return tally
-
-
-class LocalService:
-    """A pipeline as what `deployments.asking` asks: the same checks and answers as over HTTP, in this process."""
-
-    def __init__(self, flows: dict[str, Any], images: Any) -> None:
-        from deployments.asking import Ledger, LoggedReceipts
-        from omnilmm.pipeline import SystemClock
-        from omnilmm.tenancy.governor import Governor
-        from omnilmm.tenancy.keys import Tenant
-
-        self.flows, self.images = flows, images
-        self.governor = Governor(SystemClock())
-        self.ledger: Ledger = LoggedReceipts()
-        self.request_timeout_s = 24 * 3600.0
-        self._tenant = Tenant(TENANT, TENANT)
-
-    @classmethod
-    def over(cls, pipeline: Pipeline, name: str, *, hosts: Sequence[str] = ()) -> LocalService:
-        from omnilmm.image.address import AllowList
-        from omnilmm.image.reader import ImageReader
-        from omnilmm.image.remote import RemoteFetcher, RemotePolicy
-
-        try:
-            remote = RemoteFetcher(RemotePolicy(AllowList(tuple(hosts)))) if hosts else None
-        except ValueError:
-            raise ConfigError("--allow-host takes a host's name, or *.name for all below it") from None
-        return cls({name: pipeline.flow}, ImageReader(ImageLimits(), remote=remote))
-
-    async def ask(self, endpoint: str, body: Mapping[str, Any], request_id: str) -> Mapping[str, Any]:
-        """What the endpoint would answer to this body. Raises OmniError."""
-        from deployments.asking import answer_document
-
-        return await answer_document(self, endpoint, body, tenant=self._tenant, request_id=request_id)
-
-    async def aclose(self) -> None:
-        await self.images.aclose()
+        yield tally, tell
 
 
 # -- before it runs -----------------------------------------------------------------------------------

@@ -11,13 +11,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from threading import Event
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from cluster.adapters import adapters
 from cluster.batch import batch
+from cluster.config_file import settings_from_yaml, validated
 from cluster.tenants import tenants, usage
 from cluster.train import eval_nano, merge_adapter, train
 from omnilmm.config import InputHandling
@@ -25,7 +27,7 @@ from omnilmm.errors import OmniError
 
 if TYPE_CHECKING:
     from cluster.local import LocalCluster
-    from deployments.settings import AppSettings, ModelAppSettings, Settings
+    from deployments.settings import AppSettings
 
 app = typer.Typer(
     help="OmniLMM on Ray Serve.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
@@ -33,6 +35,7 @@ app = typer.Typer(
 keys = typer.Typer(help="API keys.", no_args_is_help=True)
 app.add_typer(keys, name="keys")
 app.add_typer(tenants, name="tenants")
+app.add_typer(adapters, name="adapters")
 app.add_typer(batch, name="batch")
 app.command("usage")(usage)
 app.command("train")(train)
@@ -46,7 +49,6 @@ PROCESS_ENVIRONMENT: Mapping[str, str] = {
     # between two parallel loops takes, some 100 us. Read when torch is loaded.
     "GOMP_SPINCOUNT": "5000",
 }
-SettingsT = TypeVar("SettingsT", bound="Settings")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -100,7 +102,7 @@ def serve(
 
     is_demo = not model and config is None
     settings, hosted = (
-        _settings_from_yaml(config)
+        settings_from_yaml(config)
         if config is not None
         else (_settings(model or [_demo_model(say)], dtype=dtype, redis=redis, handling=input_handling), {})
     )
@@ -203,28 +205,7 @@ def _settings(models: list[str], *, dtype: str, redis: str, handling: InputHandl
         described.append({"name": name, "path": path, "dtype": dtype, "input_handling": handling})
     from deployments.settings import AppSettings
 
-    return _validated(AppSettings, {"models": described, "cache": {"redis": redis}})
-
-
-def _settings_from_yaml(path: Path) -> tuple[AppSettings, dict[str, ModelAppSettings]]:
-    """The router's application, and the models that are applications of their own by the application's name."""
-    import yaml
-
-    from deployments.settings import AppSettings, ModelAppSettings
-    from omnilmm.errors import ConfigError
-
-    routers: list[AppSettings] = []
-    hosted: dict[str, ModelAppSettings] = {}
-    try:
-        for application in yaml.safe_load(path.read_text(encoding="utf-8"))["applications"]:
-            if application["import_path"] == "deployments.app:build_model":
-                hosted[application["name"]] = _validated(ModelAppSettings, application["args"])
-            else:
-                routers.append(_validated(AppSettings, application["args"]))
-        (router,) = routers
-    except (KeyError, TypeError, ValueError, yaml.YAMLError):
-        raise ConfigError(f"{path} must hold one application of deployments.app:build with args") from None
-    return router, hosted
+    return validated(AppSettings, {"models": described, "cache": {"redis": redis}})
 
 
 def _host_models_again(cluster: LocalCluster, config: Path | None, say: Any) -> None:
@@ -234,7 +215,7 @@ def _host_models_again(cluster: LocalCluster, config: Path | None, say: Any) -> 
     try:
         if config is None:
             raise ConfigError("there is no --config to read again")
-        settings, hosted = _settings_from_yaml(config)
+        settings, hosted = settings_from_yaml(config)
         if settings != cluster.settings:
             say("[yellow]only applications of deployments.app:build_model change without a restart[/]")
         cluster.host_models(hosted, say)
@@ -242,18 +223,6 @@ def _host_models_again(cluster: LocalCluster, config: Path | None, say: Any) -> 
         say(f"[bold red]nothing more is changed:[/] {error.message}")
     else:
         say("models are as the file says")
-
-
-def _validated(kind: type[SettingsT], args: dict[str, Any]) -> SettingsT:
-    from pydantic import ValidationError
-
-    from omnilmm.errors import ConfigError
-
-    try:
-        return kind.model_validate(args)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise ConfigError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 def _demo_model(say: Any) -> str:

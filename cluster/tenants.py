@@ -31,7 +31,9 @@ Share = Annotated[
 ]
 Weight = Annotated[float | None, typer.Option(help="Share of the machine when tenants compete.")]
 PriorityClass = Annotated[str | None, typer.Option("--priority", help="online or batch.")]
-Models = Annotated[list[str] | None, typer.Option("--model", help="A model it may use; repeatable. Or: all.")]
+Models = Annotated[
+    list[str] | None, typer.Option("--model", help="MODEL, MODEL:ADAPTER, MODEL:*; repeatable. Or: all.")
+]
 Limit = str | None
 RequestsPerMin = Annotated[Limit, typer.Option(help="A number, or none for no limit.")]
 TokensPerMin = Annotated[Limit, typer.Option(help="Prompt and answer together; or none.")]
@@ -140,7 +142,7 @@ def revoke(
     key: Annotated[str | None, typer.Option(help="Only the key of this id.")] = None,
     database: DatabaseUrl = None,
 ) -> None:
-    """Shut out a key, or the whole tenant for good. Takes effect within a few seconds."""
+    """Shut out a key, or the whole tenant for good, with its batches and files. Takes effect within a few seconds."""
     with _Records(database) as records:
         if key is not None:
             records.directory.revoke_key(name, key)

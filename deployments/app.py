@@ -13,7 +13,7 @@ others noticing is therefore an application of its own (`build_model`), which th
 
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import AutoscalingConfig, RequestRouterConfig
+from ray.serve.config import AutoscalingConfig, BackpressureConfig, RequestRouterConfig
 
 from deployments.decoder import Decoder
 from deployments.hosting import MODEL_DEPLOYMENT, HostedModel
@@ -64,7 +64,11 @@ def _pools(model: Model, cache: Cache) -> tuple[dict[str, Application], str]:
     folder = resolve_checkpoint(model.path)
     config = read_model_config(folder)
     decoder = _deployment(Decoder, f"decoder-{model.name}", model.decoder, _share(model.decoder, DECODE_RESOURCE))
-    routing = RequestRouterConfig(request_router_class=AFFINITY)  # type: ignore[arg-type]  # Ray's hint is off
+    room = {} if model.adapters is None else {"max_loaded": model.adapters.max_loaded}
+    routing = RequestRouterConfig(
+        request_router_class=AFFINITY,  # type: ignore[arg-type]  # Ray's hint is off
+        request_router_kwargs=room,
+    )
     pools = {"decoder": decoder.options(request_router_config=routing).bind(model, cache)}
     if config.vision is None:
         return pools, ""
@@ -87,6 +91,7 @@ def _deployment(cls: type, name: str, pool: Pool, resources: dict[str, float]) -
         autoscaling_config=_autoscaling(pool.autoscaling),
         max_ongoing_requests=pool.max_ongoing_requests,
         max_queued_requests=pool.max_queued_requests,
+        backpressure_config=BackpressureConfig(retry_after_s=1),
         health_check_period_s=HEALTH_PERIOD_S,
         health_check_timeout_s=HEALTH_TIMEOUT_S,
         graceful_shutdown_wait_loop_s=0.1,

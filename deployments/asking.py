@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -12,18 +12,21 @@ from typing import Any, Protocol
 
 from deployments.adapters import served_to
 from deployments.choices import Begin, Event, side_by_side
-from omnilmm.api.choices import choices_of, usage_of_choices, usage_of_prompts
+from deployments.receipts import Account, receipt_of
+from omnilmm.api.choices import choices_of
 from omnilmm.api.endpoints import ENDPOINTS, Body
 from omnilmm.api.fields import Caller
 from omnilmm.api.responses import Answer, Heading
 from omnilmm.errors import DeadlineExceeded, InvalidRequest, OmniError
-from omnilmm.flow import CLIENT_LEFT, ChatFlow
+from omnilmm.flow import ChatFlow
 from omnilmm.image.reader import ImageReader
 from omnilmm.image.source import located, picture_size
 from omnilmm.messages import ChatRequest, Delta, Finished, Priority, Usage
 from omnilmm.prompt.template import NUM_IMAGE_TOKENS
 from omnilmm.tenancy.governor import Estimate, Governor
-from omnilmm.tenancy.keys import Tenant
+from omnilmm.tenancy.keys import KeyBook, Tenant
+from omnilmm.tenancy.places import Places
+from omnilmm.tenancy.tenant import TenantLimits
 from omnilmm.tenancy.usage import Receipt
 
 logger = logging.getLogger("ray.serve")
@@ -55,7 +58,9 @@ class AskService(Protocol):
     flows: dict[str, ChatFlow]
     images: ImageReader
     governor: Governor
+    places: Places
     ledger: Ledger
+    keys: KeyBook
     request_timeout_s: float
 
 
@@ -75,44 +80,67 @@ class Told:
 
 
 async def ask(
-    service: AskService, body: Body, tenant: Tenant, caller: Caller, *, endpoint: str
+    service: AskService, body: Body, tenant: Tenant, caller: Caller, *, endpoint: str, batch_id: str | None = None
 ) -> AsyncGenerator[Admitted | Told | Usage, None]:
     """Admitted, then what the answers say as they say it, then what they took. Closing it frees everything.
 
-    Lines of a batch do not count against the limits per minute: a batch takes what is left over.
+    Lines of a batch (`batch_id` is then not None) do not count against the limits per minute: a batch takes what is
+    left over. However it ends, a request that was admitted has a receipt of what it took until then.
 
     Raises:
+        Unauthorized: the tenant or its key was revoked meanwhile.
         OmniError: with `param` as this body has it. The first answer to fail fails all.
     """
     begun = time.monotonic()
     service.ledger.check_room()
-    with _in_terms_of(body):
+    with _in_terms_of(body), service.places.take(tenant.name) if batch_id is None else nullcontext():
         tenant.check_model(body.model, served_to(tenant, service.flows))
         flow = service.flows[body.model]
         files = await service.images.read_all(body.pictures(), tenant=tenant.name)
         prompts = body.to_requests(caller, files)
-        estimate = _estimate(flow, prompts, body.num_choices)
-        is_online = caller.priority is not Priority.BATCH
-        permit = await service.governor.admit(tenant, estimate) if is_online else None
-        with permit or nullcontext(), _receipt(service, body, tenant, caller) as account:
-            yield Admitted(() if permit is None else permit.headers)
-            choices = [choice for prompt in prompts for choice in choices_of(prompt, body.num_choices)]
-            begin: list[Begin] = [partial(_begin, flow, choice, begun + caller.timeout_s) for choice in choices]
-            usages: dict[int, Usage] = {}
-            async with aclosing(side_by_side(begin, per_prompt=body.num_choices)) as told:
-                async for index, event in told:
-                    if isinstance(event, Finished):
-                        usages[index] = event.usage
-                    yield Told(index, event)
-            account.usage = usage = _total([usages[index] for index in range(len(choices))], body.num_choices)
-            if permit is not None:
-                permit.settle(usage)
+        limited = tenant if batch_id is None else replace(tenant, limits=_limits_of_lines(tenant.limits))
+        permit = await service.governor.admit(limited, _estimate(flow, prompts, body.num_choices))
+        account = Account(body.num_choices)
+        receipt = receipt_of(
+            account,
+            service.ledger.record,
+            tenant=tenant,
+            model=body.model,
+            request_id=caller.request_id,
+            batch_id=batch_id,
+        )
+        with permit, receipt, service.keys.visit(tenant) as visit:
+            try:
+                visit.pause()
+                yield Admitted(permit.headers)
+                visit.resume()
+                asked = prompts if permit.may_cache else [replace(prompt, may_cache=False) for prompt in prompts]
+                choices = [choice for prompt in asked for choice in choices_of(prompt, body.num_choices)]
+                ends_at = begun + caller.timeout_s
+                begin: list[Begin] = [
+                    partial(_begin, flow, choice, ends_at, account.of(i)) for i, choice in enumerate(choices)
+                ]
+                async with aclosing(side_by_side(begin, per_prompt=body.num_choices)) as told:
+                    async for index, event in told:
+                        visit.pause()
+                        yield Told(index, event)
+                        visit.resume()
+            finally:
+                usage = account.total()
+                permit.note_kept(usage.kept_bytes)
+            permit.settle(usage)
         _log(body, tenant, usage, endpoint, time.monotonic() - begun)
         yield usage
 
 
 async def answer_document(
-    service: AskService, endpoint: str, document: Mapping[str, object], *, tenant: Tenant, request_id: str
+    service: AskService,
+    endpoint: str,
+    document: Mapping[str, object],
+    *,
+    tenant: Tenant,
+    request_id: str,
+    batch_id: str = "",
 ) -> Mapping[str, Any]:
     """What POSTing this document to the endpoint would answer, as a line of a batch: behind whatever is online.
 
@@ -123,7 +151,7 @@ async def answer_document(
     if body.stream:
         raise InvalidRequest("A line of a batch cannot ask for a stream.", param="stream", code="unsupported_value")
     caller = caller_of(service, tenant, request_id=request_id, priority=Priority.BATCH)
-    async with aclosing(ask(service, body, tenant, caller, endpoint=endpoint)) as told:
+    async with aclosing(ask(service, body, tenant, caller, endpoint=endpoint, batch_id=batch_id)) as told:
         return await gather(service, body, caller, told)
 
 
@@ -170,12 +198,14 @@ def heading_of(service: AskService, body: Body, caller: Caller) -> Heading:
     return Heading(caller.request_id, body.model, int(time.time()), f"fp_{fingerprint}")
 
 
-async def _begin(flow: ChatFlow, request: ChatRequest, deadline: float) -> AsyncGenerator[Event, None]:
+async def _begin(
+    flow: ChatFlow, request: ChatRequest, deadline: float, account: Callable[[Usage], None]
+) -> AsyncGenerator[Event, None]:
     """One answer, with what is left of the request's time."""
     left = deadline - time.monotonic()
     if left <= 0:
         raise DeadlineExceeded("The request ran out of its time.")
-    async with aclosing(flow.answer(replace(request, timeout_s=left))) as answer:
+    async with aclosing(flow.answer(replace(request, timeout_s=left), account=account)) as answer:
         async for event in answer:
             yield event
 
@@ -200,6 +230,7 @@ def _estimate(flow: ChatFlow, prompts: Sequence[ChatRequest], num_choices: int) 
         max_tokens=sum(longest if prompt.max_tokens is None else prompt.max_tokens for prompt in prompts),
         pixels=pixels,
         num_answers=num_choices,
+        cache_bytes=len(images) * card.vector_bytes,
     )
 
 
@@ -210,33 +241,9 @@ def _num_text_bytes(request: ChatRequest) -> int:
     return sum(len(text.encode()) for text in texts)
 
 
-def _total(usages: Sequence[Usage], num_choices: int) -> Usage:
-    prompts = [usage_of_choices(usages[i : i + num_choices]) for i in range(0, len(usages), num_choices)]
-    return prompts[0] if len(prompts) == 1 else usage_of_prompts(prompts)
-
-
-@dataclass(slots=True)
-class _Account:
-    usage: Usage | None = None
-
-
-@contextmanager
-def _receipt(service: AskService, body: Body, tenant: Tenant, caller: Caller) -> Iterator[_Account]:
-    """A receipt for what happens inside, however it ends. A request that was not let in has none."""
-    account = _Account()
-    status = CLIENT_LEFT
-    try:
-        yield account
-        status = 200
-    except OmniError as error:
-        status = error.status
-        raise
-    except Exception:
-        status = 500
-        raise
-    finally:
-        about = {"tenant": tenant.name, "key_id": tenant.key_id, "model": body.model, "request_id": caller.request_id}
-        service.ledger.record(Receipt.of(account.usage, at=time.time(), status=status, **about))
+def _limits_of_lines(limits: TenantLimits) -> TenantLimits:
+    """What of a tenant's limits holds for the lines of its batches."""
+    return TenantLimits(cache_bytes=limits.cache_bytes)
 
 
 @contextmanager

@@ -37,10 +37,12 @@ class ServiceAnswerer:
         found.check_model(model, served_to(found, self._service.flows))
 
     async def answer(
-        self, endpoint: str, body: Mapping[str, Any], *, tenant: str, request_id: str
+        self, endpoint: str, body: Mapping[str, Any], *, tenant: str, request_id: str, batch_id: str = ""
     ) -> Mapping[str, Any]:
         found = self._find_tenant(tenant)
-        return await answer_document(self._service, endpoint, body, tenant=found, request_id=request_id)
+        return await answer_document(
+            self._service, endpoint, body, tenant=found, request_id=request_id, batch_id=batch_id
+        )
 
 
 class BatchService:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import AsyncGenerator
+from functools import partial
 
 from deployments.adapters import open_shelf
 from deployments.settings import Cache, Model
@@ -15,7 +16,7 @@ from omnilmm.errors import ReplicaLost
 from omnilmm.messages import GenerateCall, Prompt, Sampling, TokenBatch
 from omnilmm.models.checkpoint import resolve_checkpoint
 from omnilmm.models.config import read_model_config
-from omnilmm.models.device import pick_device, use_threads
+from omnilmm.models.device import apart, pick_device, use_threads
 from omnilmm.models.packed import load_for_decoding
 from omnilmm.pipeline import LocalDecoder, start_engine
 from omnilmm.prompt.tokens import load_tokenizer
@@ -39,8 +40,8 @@ class Decoder:
         room = model.decoder.engine_config(model.context(config.max_context))
         grammars = GrammarCompiler(load_tokenizer(folder), vocab_size=config.language.vocab_size)
         self._drain_s = model.decoder.drain_s
-        adapters = None if model.adapters is None else open_shelf(model.adapters, language, config)
-        self._loop = start_engine(language, room, observer, grammars=grammars, adapters=adapters)
+        adapters = None if model.adapters is None else apart(partial(open_shelf, model.adapters, language, config))
+        self._loop = start_engine(language, room, observer, grammars=grammars, adapters=adapters, owns_cores=True)
         self._store = await open_store(cache, observer)
         self._decoder = LocalDecoder(self._loop, self._store)
         await self._rehearse(config.bos_id)

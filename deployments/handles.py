@@ -49,9 +49,11 @@ class ServeEncoder:
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle.options(_by_reference=False)
 
-    async def encode(self, picture: PreparedImage, *, key: str, by_value: bool, timeout_s: float) -> Encoded:
+    async def encode(
+        self, picture: PreparedImage, *, key: str, by_value: bool, timeout_s: float, keep: bool = True
+    ) -> Encoded:
         with our_errors("vision"):
-            return await self._handle.encode.remote(picture, key=key, by_value=by_value, timeout_s=timeout_s)
+            return await self._handle.encode.remote(picture, key=key, by_value=by_value, timeout_s=timeout_s, keep=keep)
 
 
 class ServeDecoder:

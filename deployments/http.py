@@ -16,7 +16,9 @@ from starlette.routing import BaseRoute, Match, Route
 from starlette.types import Receive, Scope, Send
 
 from deployments import admin, answering, batches, files, lookups
+from deployments.adapter_uploads import AdapterService, adapter_routes
 from deployments.metrics_page import MetricsService, metrics_routes
+from deployments.patience import Patience
 from deployments.refusing import MethodNotAllowed, add_handlers
 from omnilmm.api.openapi import complete, health_operation
 from omnilmm.errors import NotFound
@@ -30,6 +32,7 @@ class Service(
     batches.BatchService,
     MetricsService,
     admin.AdminService,
+    AdapterService,
     Protocol,
 ):
     """What the surface needs of the router behind it: what each module of routes needs, and this."""
@@ -39,11 +42,18 @@ class Service(
     async def is_ready(self) -> bool: ...
 
 
-def make_app(service: Service) -> FastAPI:
-    """The application of one router replica."""
+def make_app(service: Service, *, is_patient: bool = False) -> FastAPI:
+    """The application of one router replica. `is_patient`: see `deployments.patience`."""
     app = FastAPI(title="OmniLMM", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     add_handlers(app)
-    locked = (metrics_routes(service), admin.admin_routes(service), _tenant_routes(app, service))
+    if is_patient:
+        app.add_middleware(Patience)
+    locked = (
+        metrics_routes(service),
+        admin.admin_routes(service),
+        adapter_routes(service),
+        _tenant_routes(app, service),
+    )
     groups = (_open_routes(service), *locked)
     for group in groups:
         app.include_router(group)

@@ -35,7 +35,13 @@ class Form:
     has_file: bool = False
 
 
-async def receive_form(content_type: str | None, body: AsyncIterator[bytes], *, write: Callable[[bytes], None]) -> Form:
+async def receive_form(
+    content_type: str | None,
+    body: AsyncIterator[bytes],
+    *,
+    write: Callable[[bytes], None],
+    max_field_bytes: int = MAX_FIELD_BYTES,
+) -> Form:
     """Read a form with one file, called `file`, whose bytes are handed to `write`.
 
     Raises:
@@ -49,7 +55,7 @@ async def receive_form(content_type: str | None, body: AsyncIterator[bytes], *, 
     boundary = options.get(b"boundary", b"")
     if not 1 <= len(boundary) <= 200:
         raise InvalidRequest("The form has no boundary.", code="invalid_form")
-    reading = _Reading(write)
+    reading = _Reading(write, max_field_bytes)
     try:
         parser = MultipartParser(boundary, reading.callbacks(), max_size=float("inf"))
         num_bytes = 0
@@ -71,11 +77,12 @@ async def receive_form(content_type: str | None, body: AsyncIterator[bytes], *, 
 class _Reading:
     """Follows the parser from part to part."""
 
-    def __init__(self, write: Callable[[bytes], None]) -> None:
+    def __init__(self, write: Callable[[bytes], None], max_field_bytes: int) -> None:
         self.form = Form()
         self.num_file_bytes = 0
         self.is_complete = False
         self._write = write
+        self._max_field_bytes = max_field_bytes
         self._num_parts = 0
         self._headers: dict[bytes, bytes] = {}
         self._header_name, self._header_value = b"", b""
@@ -143,7 +150,7 @@ class _Reading:
             self.num_file_bytes += end - start
             return
         self._value += data[start:end]
-        if len(self._value) > MAX_FIELD_BYTES:
+        if len(self._value) > self._max_field_bytes:
             raise InvalidRequest("A field of the form is too long.", code="string_above_max_length")
 
     def _end_part(self) -> None:

@@ -17,7 +17,11 @@ from omnilmm.tenancy.recorder import UsageRecorder
 from omnilmm.tenancy.usage import Ledger, Receipt
 
 ROSTER_EVERY_S: Final = 2.0
-"""How often a router asks whether tenants or keys have changed. A revoked key is dead after this and one query."""
+"""How often a router asks whether tenants or keys have changed. A revoked key is dead after this and one query, and
+what began with it is ended."""
+
+TIDY_EVERY_S: Final = 600.0
+"""How often a router drops records nobody may ask for any more."""
 
 logger = logging.getLogger("ray.serve")
 
@@ -87,6 +91,7 @@ class Records:
         self.idempotency: Final = IdempotencyStore(database)
         self.recorder: Final = UsageRecorder(self._write)
         self._watch = RosterWatch(self.directory, keys)
+        self._tidying: asyncio.Task[None] | None = None
 
     @classmethod
     async def open(cls, url: str, keys: KeyBook) -> Self:
@@ -104,11 +109,24 @@ class Records:
             database.close()
             raise
         records.recorder.start()
+        records._tidying = asyncio.get_running_loop().create_task(records.tidy_forever(), name="record tidier")
         return records
+
+    async def tidy_forever(self, *, every_s: float = TIDY_EVERY_S) -> None:
+        """Drop old claims of idempotency keys, again and again. Every router does; whoever comes first finds them."""
+        while True:
+            try:
+                await blocking(self.idempotency.forget_old)
+            except Exception:  # a database that is away is back one day; the tidier must be there then
+                logger.warning("could not tidy the records", exc_info=True)
+            await asyncio.sleep(every_s)
 
     async def aclose(self) -> None:
         """Write every receipt, then close. Call when no request runs any more."""
         await self._watch.aclose()
+        if self._tidying is not None:
+            self._tidying.cancel()
+            await asyncio.wait({self._tidying})
         await self.recorder.aclose()
         await blocking(self.database.close)
 

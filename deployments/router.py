@@ -9,14 +9,16 @@ import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 from ray.serve.handle import DeploymentHandle
 
-from deployments.adapters import AdapterDecoder, catalog_of
+from deployments.adapters import AdapterDecoder, AdapterHost, open_adapter_folder
 from deployments.asking import Ledger
+from deployments.departures import Departures
 from deployments.handles import ServeDecoder, ServeEncoder, our_errors
 from deployments.hosting import Hosted, find_hosted
 from deployments.http import make_app
@@ -38,10 +40,14 @@ from omnilmm.models.config import read_model_config
 from omnilmm.pipeline import NoEncoder, SystemClock, read_card
 from omnilmm.ports import Decoder as DecoderPort
 from omnilmm.tenancy.governor import Governor
+from omnilmm.tenancy.places import Places
 from omnilmm.tenancy.tenant import Tenant
 
 PING_TIMEOUT_S = 2.0
 PING_EVERY_S = 1.0
+ANSWERING_SHARE = 0.75
+"""How much of what Serve lets into a router at a time may be answers. The rest is for what is quickly done, refusals
+first of all: those that Serve itself gives are plain text."""
 LOOK_EVERY_S = 2.0
 """How often a router looks for models of other applications."""
 ROUTER_MEMORY_BYTES = 64 * 1024**2
@@ -83,6 +89,7 @@ class Router:
             self.limits, remote=RemoteFetcher(remote) if remote is not None else None, files=self.files
         )
         self.governor: Governor = await _govern(settings)
+        self.places = Places(max(1, int(ANSWERING_SHARE * settings.router.max_ongoing_requests)))
         self.started = int(time.time())
         self.metrics = MetricsPage(replica=uuid.uuid4().hex[:12])
         self._observer = Audience([ServeObserver(), self.metrics])
@@ -93,13 +100,17 @@ class Router:
         await self._preparer.start()
         self._retries = RetryBudget()
         self._pinged = float("-inf")
-        self._own: dict[str, ChatFlow] = {}
-        for model in settings.models:
-            self._own |= self._flows(model, fingerprints[model.name], pools[model.name])
+        self.adapters: dict[str, AdapterHost] = {}
+        self._own = {
+            model.name: self._base_flow(model, fingerprints[model.name], pools[model.name]) for model in settings.models
+        }
         self._own_decoders = [handles["decoder"] for handles in pools.values()]
         self._hosted: dict[str, Hosted] = {}
-        self.flows = dict(self._own)
+        self.flows: dict[str, ChatFlow] = {}
+        self._serve(self._own)
         self._storage.start(self, self.keys, self.erase_picture)
+        self._departures = Departures(self.keys, self.directory, self.desk, self.erase_picture)
+        self._departures.start()
         self._adopting = asyncio.get_running_loop().create_task(self._adopt(), name="models of other applications")
 
     async def _adopt(self) -> None:
@@ -107,6 +118,7 @@ class Router:
         while True:
             try:
                 self._offer(await find_hosted(self._hosted))
+                await self.refresh_adapters()
             except Exception:  # Serve's controller restarts, say: what is served stays served
                 logger.warning("could not look for models of other applications", exc_info=True)
             await asyncio.sleep(LOOK_EVERY_S)
@@ -115,19 +127,34 @@ class Router:
         """Serve exactly our own models and `hosted`. Answers under way keep the flow they began with."""
         if hosted == self._hosted:
             return
-        flows = dict(self._own)
+        bases = dict(self._own)
         for app, other in hosted.items():
             name = other.model.name
-            if name in flows:
+            if name in bases:
                 logger.error("the application %s serves a model %s, which is served already", app, name)
             elif other == self._hosted.get(app) and name in self.flows:
-                flows |= {key: flow for key, flow in self.flows.items() if key.partition(":")[0] == name}
+                bases[name] = self.flows[name]
             else:
-                flows |= self._flows(other.model, other.fingerprint, other.pools())
-        self.flows, self._hosted = flows, hosted
+                bases[name] = self._base_flow(other.model, other.fingerprint, other.pools())
+        self._hosted = hosted
+        self._serve(bases)
 
-    def _flows(self, model: Model, fingerprint: str, pools: Mapping[str, DeploymentHandle]) -> dict[str, ChatFlow]:
-        """The model's own flow and those of its adapters, by the names that clients use."""
+    def _serve(self, bases: Mapping[str, ChatFlow]) -> None:
+        """Serve these models and their adapters, and nothing else."""
+        self.adapters = {name: host for name, host in self.adapters.items() if name in bases}
+        flows = dict(bases)
+        for host in self.adapters.values():
+            flows |= host.flows
+        self.flows = flows
+
+    async def refresh_adapters(self) -> None:
+        """Serve the adapters that are in the models' folders now."""
+        changed = [await host.refresh() for host in (*self.adapters.values(),)]
+        if any(changed):
+            self._serve({name: flow for name, flow in self.flows.items() if ":" not in name})
+
+    def _base_flow(self, model: Model, fingerprint: str, pools: Mapping[str, DeploymentHandle]) -> ChatFlow:
+        """The model's own flow. If it has adapters, `adapters` has theirs afterwards."""
         folder = resolve_checkpoint(model.path)
         config = read_model_config(folder)
         card = read_card(
@@ -140,13 +167,16 @@ class Router:
             max_context=model.context(config.max_context),
         )
         decoder = ServeDecoder(pools["decoder"])
-        flows = {model.name: self._flow(card, decoder, pools)}
-        for adapter in () if model.adapters is None else catalog_of(model.adapters).names():
-            owners = model.adapters.tenants.get(adapter) if model.adapters is not None else None
-            named = replace(card, name=f"{model.name}:{adapter}")
-            owned = AdapterDecoder(decoder, adapter, None if owners is None else frozenset(owners))
-            flows[named.name] = self._flow(named, owned, pools)
-        return flows
+
+        def adapted(name: str, called: str, owners: frozenset[str] | None) -> ChatFlow:
+            owned = AdapterDecoder(decoder, called, owners)
+            return self._flow(replace(card, name=f"{model.name}:{name}"), owned, pools)
+
+        self.adapters.pop(model.name, None)
+        if model.adapters is not None:
+            open_folder = partial(open_adapter_folder, model, config)
+            self.adapters[model.name] = AdapterHost(model.adapters, open_folder=open_folder, make_flow=adapted)
+        return self._flow(card, decoder, pools)
 
     def _flow(self, card: ModelCard, decoder: DecoderPort, pools: Mapping[str, DeploymentHandle]) -> ChatFlow:
         return ChatFlow(
@@ -172,7 +202,7 @@ class Router:
             await flow.forget(data, scope=tenant.scope)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return make_app(self)
+        return make_app(self, is_patient=True)
 
     async def is_ready(self) -> bool:
         """Whether the decoder pool of every model of our own application answers.
@@ -198,6 +228,7 @@ class Router:
 
     async def __del__(self) -> None:
         self._adopting.cancel()
+        await self._departures.aclose()
         await self._storage.aclose()
         await self.images.aclose()
         await self._preparer.close()

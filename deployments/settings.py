@@ -74,9 +74,11 @@ class ModelPool(Pool):
 class VisionPool(ModelPool):
     max_batch: Annotated[int, Field(ge=1, le=1024)] = 8
     max_queue: Annotated[int, Field(ge=1, le=100_000)] = 256
+    cuda_graphs: bool | None = None
+    """Replay batches of up to 16 pictures as CUDA graphs: on CUDA if not given, and true is refused elsewhere."""
 
     def encoder_config(self) -> EncoderConfig:
-        return EncoderConfig(max_batch=self.max_batch, max_queue=self.max_queue)
+        return EncoderConfig(max_batch=self.max_batch, max_queue=self.max_queue, cuda_graphs=self.cuda_graphs)
 
 
 class DecoderPool(ModelPool):
@@ -89,6 +91,12 @@ class DecoderPool(ModelPool):
     weight_dtype: Literal["int8"] | None = None
     """Keep the language model's matrices as 8-bit integers (CPU only): faster for a few sequences at a time, slower
     for many, and a little less exact. The model's dtype if not given."""
+    attention: Literal["auto", "gathered", "paged"] = "auto"
+    """How keys are read: copied together (any device), or by block tables where they lie (CUDA, and a block_size that
+    is a power of two from 16 on). auto is paged where it can be."""
+    cuda_graphs: bool | None = None
+    """Replay decode steps of up to 64 sequences as CUDA graphs: where attention is paged if not given, and true is
+    refused elsewhere."""
 
     def engine_config(self, max_context: int) -> EngineConfig:
         return EngineConfig(
@@ -98,6 +106,8 @@ class DecoderPool(ModelPool):
             max_sequences=self.max_sequences,
             max_waiting=self.max_waiting,
             max_context=max_context,
+            attention=self.attention,
+            cuda_graphs=self.cuda_graphs,
         )
 
 
@@ -139,6 +149,16 @@ class Model(Settings):
             raise ValueError("decoder.weight_dtype int8 is made for CPU only")
         return self
 
+    @model_validator(mode="after")
+    def _cuda_settings_suit_device(self) -> Model:
+        if self.device == "cpu" and self.decoder.attention == "paged":
+            raise ValueError("decoder.attention paged is made for CUDA only")
+        if self.device == "cpu" and (self.decoder.cuda_graphs or self.vision.cuda_graphs):
+            raise ValueError("cuda_graphs are made for CUDA only")
+        if self.decoder.cuda_graphs and self.decoder.attention == "gathered":
+            raise ValueError("decoder.cuda_graphs needs attention paged")
+        return self
+
     def context(self, checkpoint_limit: int) -> int:
         """Tokens of prompt and answer together: what the checkpoint, this setting and the KV cache allow."""
         room = self.decoder.num_blocks * self.decoder.block_size
@@ -146,6 +166,8 @@ class Model(Settings):
 
 
 class RouterPool(Pool):
+    max_ongoing_requests: Annotated[int, Field(ge=1, le=100_000)] = 512
+    """Requests in a router at a time; three quarters of them may be answers."""
     decode_workers: Annotated[int, Field(ge=1, le=64)] = 1
     """Child processes per router replica that decode pictures."""
     request_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 300.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from functools import partial
 
 from deployments.settings import Cache, Model
 from deployments.stores import open_encoder_store
@@ -14,7 +15,7 @@ from omnilmm.errors import ConfigError, ReplicaLost
 from omnilmm.messages import Encoded, PixelIdentity, PreparedImage
 from omnilmm.models.checkpoint import resolve_checkpoint
 from omnilmm.models.config import read_model_config
-from omnilmm.models.device import pick_device, use_threads
+from omnilmm.models.device import apart, pick_device, use_threads
 from omnilmm.models.weights import load_encoder
 from omnilmm.pipeline import LocalEncoder
 
@@ -29,17 +30,22 @@ class Vision:
         if policy is None:
             raise ConfigError(f"model {model.name!r} has no vision tower")
         use_threads(model.vision.torch_threads)
-        core = VisionEncoder(load_encoder(folder, config, dtype=model.dtype, device=pick_device(model.device)), policy)
+        device = pick_device(model.device)
+        tower = apart(lambda: load_encoder(folder, config, dtype=model.dtype, device=device))
+        core = VisionEncoder(tower, policy, model.vision.encoder_config())
         blank = bytes(3 * policy.side * policy.side)
-        core.encode([PreparedImage(PixelIdentity(b"", policy.side, policy.side), policy.side, blank)])  # rehearse
+        picture = PreparedImage(PixelIdentity(b"", policy.side, policy.side), policy.side, blank)
+        apart(partial(core.encode, [picture]))  # rehearse
         observer = ServeObserver()
         self._store = await open_encoder_store(cache, observer, core.encode, policy.side)
         self._loop = EncoderLoop(core, model.vision.encoder_config(), observer)
         self._loop.start()
         self._encoder = LocalEncoder(self._loop, self._store)
 
-    async def encode(self, picture: PreparedImage, *, key: str, by_value: bool, timeout_s: float) -> Encoded:
-        return await self._encoder.encode(picture, key=key, by_value=by_value, timeout_s=timeout_s)
+    async def encode(
+        self, picture: PreparedImage, *, key: str, by_value: bool, timeout_s: float, keep: bool = True
+    ) -> Encoded:
+        return await self._encoder.encode(picture, key=key, by_value=by_value, timeout_s=timeout_s, keep=keep)
 
     async def stats(self) -> dict[str, object]:
         return {"pid": os.getpid(), **dataclasses.asdict(self._loop.stats())}

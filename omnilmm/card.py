@@ -12,7 +12,8 @@ from omnilmm.prompt.template import Template
 class ModelCard:
     """One model under the name clients call it by. `policy` is None where it takes no pictures.
 
-    `fingerprint` names the encoder's weights, `dtype` the numbers its vectors are made of.
+    `fingerprint` names the encoder's weights, `dtype` the numbers its vectors are made of. `vector_bytes` is what the
+    vectors of one picture take, 0 if nobody said.
     """
 
     name: str
@@ -24,3 +25,4 @@ class ModelCard:
     max_context: int
     vocab_size: int
     template: Template
+    vector_bytes: int = 0

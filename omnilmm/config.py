@@ -62,13 +62,20 @@ class ImageLimits(_Resolvable):
 
 @dataclass(frozen=True, slots=True)
 class EncoderConfig(_Resolvable):
+    """`cuda_graphs` None means on CUDA; true anywhere else is refused."""
+
     max_batch: int = 8
     max_queue: int = 256
+    cuda_graphs: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig(_Resolvable):
-    """The decode engine's room. `num_blocks * block_size` token positions of KV, shared by all sequences."""
+    """The decode engine's room. `num_blocks * block_size` token positions of KV, shared by all sequences.
+
+    `attention` is "gathered" (any device), "paged" (CUDA) or "auto", which is paged on CUDA if blocks and heads allow
+    it. `cuda_graphs` None means wherever attention is paged; true without it is refused.
+    """
 
     num_blocks: int = 1024
     block_size: int = 16
@@ -76,6 +83,8 @@ class EngineConfig(_Resolvable):
     max_sequences: int = 64
     max_waiting: int = 256
     max_context: int = 4096
+    attention: str = "auto"
+    cuda_graphs: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

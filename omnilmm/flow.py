@@ -14,7 +14,7 @@ for the vectors by itself.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -53,6 +53,8 @@ MIN_TOKENS_AHEAD = 128
 """With fewer tokens in front of it, a picture in the making is not worth a place in the decoder's queue, where it
 would stand in the way of requests that need no picture."""
 
+_NOTHING = Usage(0, 0, 0, 0)
+
 NUM_OPENING_IDS = 64
 """The opening of a raw prompt, in tokens: prompts that share it should meet the same decoder."""
 
@@ -73,6 +75,7 @@ class _Answer:
     last_token: float | None = None
     embedding_bytes: int = 0
     finish: FinishReason | None = None
+    usage: Usage | None = None
 
 
 class ChatFlow:
@@ -108,8 +111,13 @@ class ChatFlow:
             retries=self._retries,
         )
 
-    async def answer(self, request: ChatRequest) -> AsyncGenerator[Delta | Finished, None]:
+    async def answer(
+        self, request: ChatRequest, *, account: Callable[[Usage], None] | None = None
+    ) -> AsyncGenerator[Delta | Finished, None]:
         """Stream the answer: any number of Delta, then one Finished. Closing the generator frees everything.
+
+        `account` is told once, when it is over, what it took: all of it, or what came of it until it was closed or
+        failed.
 
         Raises:
             InvalidRequest and its kin: the conversation, a picture or the length cannot be served.
@@ -121,7 +129,9 @@ class ChatFlow:
         try:
             self._retries.note_request()
             answer = _Answer(request, begun, deadline, *compose(self.card, request))
-            answer.pictures = await self._gatherer.recognise(request.conversation.images, request.scope)
+            answer.pictures = await self._gatherer.recognise(
+                request.conversation.images, request.scope, may_keep=request.may_cache
+            )
             async with self._gatherer.gather(answer.pictures, deadline) as gathering:
                 if not self._can_begin(answer, gathering):
                     await gathering.complete()
@@ -130,12 +140,17 @@ class ChatFlow:
                     async for delta in self._spell(answer, batches):
                         yield delta
             status = 200
-            yield self._finished(answer)
-        except OmniError as error:
-            status = error.status
+            assert answer.finish is not None
+            answer.usage = _usage(answer)
+            yield Finished(answer.finish, answer.usage)
+        except Exception as error:
+            status = error.status if isinstance(error, OmniError) else OmniError.status
             raise
         finally:
-            self._note(status, begun, answer)
+            usage = _NOTHING if answer is None else answer.usage or _usage(answer)
+            self._note(status, begun, answer, usage)
+            if account is not None:
+                account(usage)
 
     async def forget(self, data: bytes, *, scope: str) -> None:
         """Erase what this model made of a picture (the bytes of its file) from every tier of the cache.
@@ -191,8 +206,10 @@ class ChatFlow:
         first = next(spans, None)
         if first is None:
             return True
+        if not (self._gatherer.can_announce and answer.request.may_cache):
+            return False  # they will not come through the store
         has_earlier_turn = any(turn.role == "assistant" for turn in answer.request.conversation.turns)
-        return self._gatherer.can_announce and (has_earlier_turn or first.start >= MIN_TOKENS_AHEAD)
+        return has_earlier_turn or first.start >= MIN_TOKENS_AHEAD
 
     async def _generate(self, answer: _Answer, gathering: Gathering) -> AsyncGenerator[TokenBatch, None]:
         """One seamless stream, however many replicas it takes."""
@@ -255,34 +272,39 @@ class ChatFlow:
 
     # -- the end --------------------------------------------------------------------------------------
 
-    def _finished(self, answer: _Answer) -> Finished:
-        assert answer.finish is not None
-        usage = _usage(answer)
-        for picture, told in zip(answer.pictures, usage.images, strict=True):
-            self._observer.emit(ImageResolved(self.card.name, told.source, picture.seconds))
-        return Finished(answer.finish, usage)
-
-    def _note(self, status: int, begun: float, answer: _Answer | None) -> None:
+    def _note(self, status: int, begun: float, answer: _Answer | None, usage: Usage) -> None:
+        """Tell the observer, in the same numbers as the account; a prompt that is asked several times counts once."""
         now = self._clock.monotonic()
         first = answer.first_token if answer else None
+        counts_prompt = answer is not None and not answer.request.is_further
+        if answer is not None and counts_prompt:
+            for picture, told in zip(_met(answer), usage.images, strict=True):
+                self._observer.emit(ImageResolved(self.card.name, told.source, picture.seconds))
         self._observer.emit(
             RequestFinished(
                 model=self.card.name,
                 status=status,
                 seconds=now - begun,
                 ttft_s=None if first is None else first - begun,
-                prompt_tokens=len(answer.prompt.ids) if answer else 0,
-                completion_tokens=len(answer.emitted) if answer else 0,
-                cached_tokens=answer.prefill.num_cached_tokens if answer and answer.prefill else 0,
+                prompt_tokens=usage.prompt_tokens if counts_prompt else 0,
+                completion_tokens=usage.completion_tokens,
+                cached_tokens=usage.cached_tokens if counts_prompt else 0,
                 tokens_seconds=0.0 if first is None else now - first,
             )
         )
 
 
+def _met(answer: _Answer) -> Sequence[Picture]:
+    """The pictures of an answer that count: all, once the decoder has read them, else those whose vectors are there."""
+    if answer.prefill is not None:
+        return answer.pictures
+    return [picture for picture in answer.pictures if picture.is_ready]
+
+
 def _usage(answer: _Answer) -> Usage:
-    assert answer.prefill is not None
-    spans, first, last = answer.prompt.spans, answer.first_token, answer.last_token
-    in_kv = {spans[i].image for i in answer.prefill.kv_images}
+    """What the answer took so far. A prompt counts when its first token is there."""
+    spans, prefill, first, last = answer.prompt.spans, answer.prefill, answer.first_token, answer.last_token
+    in_kv = {spans[i].image for i in prefill.kv_images} if prefill is not None else ()
     lengths = {span.image: span.length for span in spans}
     images = tuple(
         ImageUsage(
@@ -291,17 +313,19 @@ def _usage(answer: _Answer) -> Usage:
             width=picture.identity.width if picture.identity else None,
             height=picture.identity.height if picture.identity else None,
         )
-        for i, picture in enumerate(answer.pictures)
+        for i, picture in enumerate(_met(answer))
     )
+    distinct = {picture.key: picture for picture in answer.pictures}.values()
     return Usage(
-        prompt_tokens=len(answer.prompt.ids),
+        prompt_tokens=0 if prefill is None else len(answer.prompt.ids),
         completion_tokens=len(answer.emitted),
-        cached_tokens=answer.prefill.num_cached_tokens,
-        image_tokens=sum(span.length for span in spans),
+        cached_tokens=0 if prefill is None else prefill.num_cached_tokens,
+        image_tokens=0 if prefill is None else sum(span.length for span in spans),
         images=images,
-        encode_s=sum(picture.encode_s for picture in {p.key: p for p in answer.pictures}.values()),
+        encode_s=sum(picture.encode_s for picture in distinct),
         decode_s=0.0 if first is None or last is None else last - first,
         embedding_bytes=answer.embedding_bytes,
+        kept_bytes=sum(picture.kept_bytes for picture in distinct),
     )
 
 

@@ -39,6 +39,9 @@ class Picture:
     embedding: Embedding | None = None  # only when it must travel by value
     seconds: float = 0.0  # from the lookup until its vectors could be had
     encode_s: float = 0.0  # of it, what the vision pool took, if this request had it encoded
+    is_ready: bool = False  # its vectors could be had
+    may_keep: bool = True  # whether the cache may keep them if this request has them made
+    kept_bytes: int = 0  # what this request has put into the cache
 
 
 @dataclass(slots=True)
@@ -94,8 +97,9 @@ class Gatherer:
 
     # -- recognise ------------------------------------------------------------------------------------
 
-    async def recognise(self, parts: Sequence[ImagePart], scope: str) -> list[Picture]:
-        """One Picture per part, in order; equal pictures are the same object.
+    async def recognise(self, parts: Sequence[ImagePart], scope: str, *, may_keep: bool = True) -> list[Picture]:
+        """One Picture per part, in order; equal pictures are the same object. Without `may_keep` nothing that is
+        found out or made of them is remembered.
 
         Raises:
             ImageError, PayloadTooLarge: a picture, or all of them together, cannot be taken.
@@ -104,7 +108,8 @@ class Gatherer:
             return []
         self._check_sizes(parts)
         digests = [hashlib.sha256(part.data).digest() for part in parts]
-        files = dict(zip(reversed(digests), map(Picture, reversed(parts)), strict=True))  # the first of equals counts
+        pictures = [Picture(part, may_keep=may_keep) for part in parts]
+        files = dict(zip(reversed(digests), reversed(pictures), strict=True))  # the first of equals counts
         await run_all(self._name(picture, digest, scope) for digest, picture in files.items())
         by_key: dict[str, Picture] = {}
         return [by_key.setdefault(files[digest].key, files[digest]) for digest in digests]
@@ -125,7 +130,8 @@ class Gatherer:
         picture.identity = await self._store.get_identity(alias)
         if picture.identity is None:
             picture.identity = (await self._prepare(picture)).identity
-            await self._store.put_identity(alias, picture.identity)
+            if picture.may_keep:
+                await self._store.put_identity(alias, picture.identity)
         picture.key = self._keys.embedding_key(
             picture.identity,
             scope=scope,
@@ -223,12 +229,12 @@ class Gatherer:
             deadline.remaining()
             answer = (await self._store.lookup([picture.key]))[picture.key]
         picture.prepared = None  # three quarters of a megabyte that nobody needs any more
-        picture.seconds = self._clock.monotonic() - begun
+        picture.seconds, picture.is_ready = self._clock.monotonic() - begun, True
 
     async def _encode_under(self, lease: Lease, picture: Picture, deadline: Deadline) -> None:
         try:
             encoded = await self._encode(picture, deadline, by_value=not self._store.is_shared)
-            if encoded.embedding is not None and not encoded.stored:
+            if encoded.embedding is not None and not encoded.stored and picture.may_keep:
                 # at least this process remembers
                 await self._store.put(picture.key, encoded.embedding, seconds=encoded.seconds)
         except BaseException:
@@ -238,17 +244,24 @@ class Gatherer:
         await lease.resolve(encoded)
 
     async def _encode(self, picture: Picture, deadline: Deadline, *, by_value: bool) -> Encoded:
-        prepared = await self._prepare(picture)
+        prepared, keep = await self._prepare(picture), picture.may_keep
+        before = picture.kept_bytes
         for attempt in range(1, self._retries.max_attempts + 1):
+            if keep:  # who leaves now does not hear whether the pool went on and stored them
+                picture.kept_bytes = before + self._card.vector_bytes
             try:
                 encoded = await self._encoder.encode(
-                    prepared, key=picture.key, by_value=by_value, timeout_s=deadline.remaining()
+                    prepared, key=picture.key, by_value=by_value or not keep, timeout_s=deadline.remaining(), keep=keep
                 )
-            except ReplicaLost as lost:
-                self._retries.check(lost, "encode", attempt)
+            except OmniError as error:
+                picture.kept_bytes = before
+                if not isinstance(error, ReplicaLost):
+                    raise
+                self._retries.check(error, "encode", attempt)
                 continue
             picture.source = ImageSource.ENCODED
             picture.encode_s += encoded.seconds
+            picture.kept_bytes = before + encoded.kept_bytes
             return encoded
         raise AssertionError("the last attempt raises")
 
@@ -264,6 +277,7 @@ class Gatherer:
         if picture.embedding is None:
             picture.embedding = (await self._encode(picture, deadline, by_value=True)).embedding
             picture.prepared = None
+        picture.is_ready = True
 
 
 async def run_all(work: Iterable[Coroutine[None, None, None]]) -> None:

@@ -123,11 +123,15 @@ class Embedding:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """What an encoder hands back: the vectors, or only the news that the shared store now holds them."""
+    """What an encoder hands back: the vectors, or only the news that the shared store now holds them.
+
+    `kept_bytes` are those of the vectors it gave the cache to keep, whether or not the cache had room.
+    """
 
     embedding: Embedding | None
     stored: bool
     seconds: float
+    kept_bytes: int = 0
 
 
 class ImageSource(StrEnum):
@@ -277,7 +281,7 @@ class Usage:
 
     `encode_s` is the vision pool's time for pictures this request had encoded, waiting there included; `decode_s` is
     the time between the first and the last token; both in seconds. `embedding_bytes` are the bytes of picture vectors
-    that reached a decoder for it, by value or from the store.
+    that reached a decoder for it, by value or from the store; `kept_bytes` those it added to the cache.
     """
 
     prompt_tokens: int
@@ -288,6 +292,7 @@ class Usage:
     encode_s: float = 0.0
     decode_s: float = 0.0
     embedding_bytes: int = 0
+    kept_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,6 +327,8 @@ class ChatRequest:
 
     `sampling` fields left None take the model family's own defaults. `stop` are strings cut from the answer.
     `raw` is a prompt to continue as it stands, text or token ids, in place of a conversation (which is then empty).
+    `may_cache` False: nothing new is remembered of its pictures. `is_further`: one more answer to a prompt that another
+    request asks already, so that prompt and pictures count there.
     """
 
     request_id: str
@@ -351,3 +358,5 @@ class ChatRequest:
     timeout_s: float = 300.0
     session: str | None = None
     metadata: tuple[tuple[str, str], ...] = field(default=())
+    may_cache: bool = True
+    is_further: bool = False

@@ -42,7 +42,7 @@ from omnilmm.models.beam import beam_search
 from omnilmm.models.checkpoint import resolve_checkpoint
 from omnilmm.models.config import ModelConfig, read_model_config
 from omnilmm.models.decoder import LanguageModel
-from omnilmm.models.device import pick_device
+from omnilmm.models.device import apart, pick_device
 from omnilmm.models.merge import merge_pictures
 from omnilmm.models.packed import WeightDtype, load_for_decoding
 from omnilmm.models.weights import encoder_fingerprint, load_encoder
@@ -71,17 +71,22 @@ class LocalEncoder:
         self._store = store
         self._puts: set[asyncio.Task[bool]] = set()
 
-    async def encode(self, picture: PreparedImage, *, key: str, by_value: bool, timeout_s: float) -> Encoded:
+    async def encode(
+        self, picture: PreparedImage, *, key: str, by_value: bool, timeout_s: float, keep: bool = True
+    ) -> Encoded:
         begun = time.monotonic()
         embedding = await self._loop.encode(picture, timeout_s=timeout_s)
         seconds = time.monotonic() - begun
+        if not keep:
+            return Encoded(embedding, stored=False, seconds=seconds)
+        kept_bytes = len(embedding.data)
         if by_value:  # the caller does not trust the store: do not let it wait for one
             put = asyncio.get_running_loop().create_task(self._store.put(key, embedding, seconds=seconds))
             self._puts.add(put)
             put.add_done_callback(self._puts.discard)
-            return Encoded(embedding, stored=False, seconds=seconds)
+            return Encoded(embedding, stored=False, seconds=seconds, kept_bytes=kept_bytes)
         stored = await self._store.put(key, embedding, seconds=seconds)
-        return Encoded(None if stored else embedding, stored=stored, seconds=seconds)
+        return Encoded(None if stored else embedding, stored=stored, seconds=seconds, kept_bytes=kept_bytes)
 
 
 class LocalDecoder:
@@ -134,6 +139,7 @@ def read_card(
     max_context: int,
 ) -> ModelCard:
     """What the flow must know of the checkpoint in `folder`; reads its tokenizer but no weights."""
+    number_bytes = 4 if dtype == "float32" else 2
     return ModelCard(
         name=name,
         family=config.family,
@@ -144,6 +150,7 @@ def read_card(
         max_context=max_context,
         vocab_size=config.language.vocab_size,
         template=load_template(config.family, folder, num_image_tokens=config.num_image_tokens),
+        vector_bytes=0 if config.vision is None else config.num_image_tokens * config.language.hidden * number_bytes,
     )
 
 
@@ -154,13 +161,15 @@ def start_engine(
     *,
     grammars: GrammarCompiler | None = None,
     adapters: tuple[AdapterShelf, AdapterPool] | None = None,
+    owns_cores: bool = False,
 ) -> EngineLoop:
     """An engine loop over a loaded language model, started. The caller stops it.
 
-    Without `grammars`, calls with a grammar are refused; without `adapters`, calls with one.
+    Without `grammars`, calls with a grammar are refused; without `adapters`, calls with one. With `owns_cores`, the
+    engine's threads stay on a core each: for a process whose main work this is.
     """
     shelf, pool = adapters or (None, None)
-    engine = Engine(ModelRunner(model, config, adapters=pool), config)
+    engine = Engine(apart(lambda: ModelRunner(model, config, adapters=pool, owns_cores=owns_cores)), config)
     loop = EngineLoop(engine, grammars=grammars, adapters=shelf, observer=observer)
     loop.start()
     return loop
@@ -225,7 +234,8 @@ class Pipeline:
         )
         vision = None
         if card.policy is not None:
-            tower = load_encoder(folder, config, dtype=dtype, device=pick_device(device), progress=progress)
+            place = pick_device(device)
+            tower = apart(lambda: load_encoder(folder, config, dtype=dtype, device=place, progress=progress))
             vision = EncoderLoop(VisionEncoder(tower, card.policy), EncoderConfig(), observer)
             vision.start()
         language = load_for_decoding(
@@ -296,5 +306,7 @@ class Pipeline:
 class NoEncoder:
     """The encoder of a text-only model: its template refuses pictures long before anyone asks."""
 
-    async def encode(self, picture: PreparedImage, *, key: str, by_value: bool, timeout_s: float) -> Encoded:
+    async def encode(
+        self, picture: PreparedImage, *, key: str, by_value: bool, timeout_s: float, keep: bool = True
+    ) -> Encoded:
         raise AssertionError("a text-only model was asked to encode a picture")

@@ -34,8 +34,11 @@ class ImagePreparer(Protocol):
 class Encoder(Protocol):
     """The vision pool. Calls that arrive together are batched by the other side."""
 
-    async def encode(self, picture: PreparedImage, *, key: str, by_value: bool, timeout_s: float) -> Encoded:
+    async def encode(
+        self, picture: PreparedImage, *, key: str, by_value: bool, timeout_s: float, keep: bool = True
+    ) -> Encoded:
         """Vectors of one picture, put into the shared store; in the answer too if that failed or `by_value` asks.
+        Without `keep` they are put nowhere, and only in the answer.
 
         Raises:
             Overloaded: the queue is full.

@@ -68,15 +68,15 @@ class FakeEncoder:
         self.gate.set()
         self.keeps = True
 
-    async def encode(self, picture, *, key, by_value, timeout_s):
+    async def encode(self, picture, *, key, by_value, timeout_s, keep=True):
         self.calls.append((key, by_value))
         self.entered.set()
         if self.failures:
             raise self.failures.pop(0)
         await self.gate.wait()
         embedding = Embedding("float32", (1, 1), hashlib.sha256(picture.square).digest()[:4])
-        stored = self.keeps and not by_value and await self.store.put(key, embedding)
-        return Encoded(None if stored else embedding, stored, 0.01)
+        stored = self.keeps and keep and not by_value and await self.store.put(key, embedding)
+        return Encoded(None if stored else embedding, stored, 0.01, len(embedding.data) if keep else 0)
 
 
 class FakeDecoder:
@@ -604,6 +604,103 @@ async def test_retries_of_a_storm_are_few(card):
     house.decoder.scripts = []
     await house.answer(ask("Hello?"))
     await house.store.aclose()
+
+
+def accounts(house, request):
+    told = []
+    return told, house.flow.answer(request, account=told.append)
+
+
+async def test_the_account_of_a_whole_answer_is_its_usage(house):
+    told, answer = accounts(house, ask(RED, "What?"))
+    events = [event async for event in answer]
+    assert told == [events[-1].usage]
+    assert told[0].kept_bytes == 4
+
+
+async def test_the_account_of_an_answer_that_is_closed_tells_what_came_of_it(house):
+    told, answer = accounts(house, ask(RED, "What?"))
+    await anext(answer)
+    await answer.aclose()
+    (usage,) = told
+    assert (usage.completion_tokens, usage.image_tokens, usage.kept_bytes) == (1, 64, 4)
+    finished = house.notes.of(RequestFinished)[-1]
+    told_to_observer = (finished.status, finished.prompt_tokens, finished.completion_tokens)
+    assert told_to_observer == (CLIENT_LEFT, usage.prompt_tokens, 1)
+    assert usage.prompt_tokens > 64
+
+
+async def test_a_prompt_that_no_decoder_read_does_not_count(house):
+    house.decoder.scripts = [0, 0, 0]
+    told, answer = accounts(house, ask(RED, BLUE, "What?"))
+    with pytest.raises(ReplicaLost):
+        await anext(answer)
+    (usage,) = told
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens, usage.image_tokens) == (0, 0, 0, 0)
+    assert [image.source for image in usage.images] == [ImageSource.ENCODED] * 2, "but its pictures were encoded"
+    assert usage.encode_s == pytest.approx(0.02)
+    assert len(house.notes.of(ImageResolved)) == 2
+
+
+async def test_a_refused_request_has_taken_nothing(house):
+    told, answer = accounts(house, ask("word " * 1000))
+    with pytest.raises(ContextLengthExceeded):
+        await anext(answer)
+    assert [(usage.prompt_tokens, usage.completion_tokens, usage.images) for usage in told] == [(0, 0, ())]
+
+
+async def test_an_unforeseen_failure_is_not_the_client_s(house):
+    house.flow.decoder = None
+    with pytest.raises(AttributeError):
+        await house.answer(ask("Hello?"))
+    assert house.notes.of(RequestFinished)[-1].status == 500
+
+
+# -- pictures that are not kept -----------------------------------------------------------------------
+
+
+async def test_a_picture_that_may_not_be_kept_is_answered_and_forgotten(house):
+    _, first = await house.answer(ask(RED, "What?", may_cache=False))
+    assert sources(first) == [ImageSource.ENCODED]
+    assert first.usage.kept_bytes == 0
+    assert house.encoder.calls[-1][1] is True, "by value"
+    assert house.decoder.calls[0][0].images[0].embedding is not None
+    assert len(house.store._memory) == 0, "neither vectors nor what the file shows"
+    _, second = await house.answer(ask(RED, "What?"))
+    assert sources(second) == [ImageSource.ENCODED]
+    _, third = await house.answer(ask(RED, "What?", may_cache=False))
+    assert sources(third) == [ImageSource.CACHE], "what is there already serves everybody"
+
+
+async def test_a_decoder_is_not_asked_early_for_what_will_not_be_stored(house):
+    house.encoder.gate.clear()
+    asking = asyncio.create_task(house.answer(ask_later(RED, may_cache=False)))
+    await house.encoder.entered.wait()
+    assert not house.decoder.entered.is_set()
+    house.encoder.gate.set()
+    await asking
+    assert (len(house.encoder.calls), len(house.decoder.calls)) == (1, 1)
+
+
+async def test_those_who_wait_for_a_picture_that_is_not_kept_get_it_too(house):
+    house.encoder.gate.clear()
+    leader = asyncio.create_task(house.answer(ask(RED, "First", may_cache=False)))
+    await house.encoder.entered.wait()
+    follower = asyncio.create_task(house.answer(ask(RED, "Second")))
+    await until_waiting(2)
+    house.encoder.gate.set()
+    (_, first), (_, second) = await asyncio.gather(leader, follower)
+    assert len(house.encoder.calls) == 1
+    assert (sources(first), sources(second)) == ([ImageSource.ENCODED], [ImageSource.FLIGHT])
+
+
+async def test_vectors_lost_before_use_are_made_again_and_not_kept(house):
+    await house.answer(ask(RED, "What?"))
+    get, house.store.get = house.store.get, lambda key: asyncio.sleep(0, None)
+    _, finished = await house.answer(ask(RED, "What?", may_cache=False))
+    house.store.get = get
+    assert sources(finished) == [ImageSource.ENCODED]
+    assert finished.usage.kept_bytes == 0
 
 
 # -- raw prompts, forms, counting ---------------------------------------------------------------------

@@ -25,6 +25,7 @@ def choices_of(request: ChatRequest, num_choices: int) -> tuple[ChatRequest, ...
             request,
             request_id=f"{request.request_id}-{index}" if index else request.request_id,
             seed=None if request.seed is None else derived_seed(request.seed, index),
+            is_further=index > 0,
         )
         for index in range(num_choices)
     )
@@ -38,6 +39,7 @@ def usage_of_choices(answers: Sequence[Usage]) -> Usage:
         encode_s=sum(usage.encode_s for usage in answers),
         decode_s=sum(usage.decode_s for usage in answers),
         embedding_bytes=sum(usage.embedding_bytes for usage in answers),
+        kept_bytes=sum(usage.kept_bytes for usage in answers),
     )
 
 
@@ -52,4 +54,5 @@ def usage_of_prompts(prompts: Sequence[Usage]) -> Usage:
         encode_s=sum(usage.encode_s for usage in prompts),
         decode_s=sum(usage.decode_s for usage in prompts),
         embedding_bytes=sum(usage.embedding_bytes for usage in prompts),
+        kept_bytes=sum(usage.kept_bytes for usage in prompts),
     )

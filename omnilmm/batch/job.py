@@ -49,7 +49,7 @@ class Answerer(Protocol):
         ...
 
     async def answer(
-        self, endpoint: str, body: Mapping[str, Any], *, tenant: str, request_id: str
+        self, endpoint: str, body: Mapping[str, Any], *, tenant: str, request_id: str, batch_id: str
     ) -> Mapping[str, Any]:
         """What POSTing this body to the endpoint would answer; runs behind whatever is online.
 
@@ -238,7 +238,11 @@ class Job:
                 body = read_body(file, line)
             try:
                 return await self._answerer.answer(
-                    self._batch.endpoint, body, tenant=self._batch.tenant, request_id=request_id
+                    self._batch.endpoint,
+                    body,
+                    tenant=self._batch.tenant,
+                    request_id=request_id,
+                    batch_id=self._batch.id,
                 )
             except OmniError:
                 raise

@@ -101,7 +101,16 @@ def read_body(file: BinaryIO, line: Line) -> dict[str, Any]:
         InvalidRequest: the body asks for a stream.
     """
     file.seek(line.offset)
-    body = parse_json(file.read(line.length))["body"]
+    return body_of(file.read(line.length))
+
+
+def body_of(raw: bytes) -> dict[str, Any]:
+    """The body of a good line.
+
+    Raises:
+        InvalidRequest: the body asks for a stream.
+    """
+    body = parse_json(raw)["body"]
     assert isinstance(body, dict)
     if body.get("stream"):
         raise InvalidRequest("A line of a batch cannot be streamed.", param="stream", code="unsupported_value")

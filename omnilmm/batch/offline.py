@@ -1,7 +1,8 @@
 """A batch without a server: rows answered by whoever is given, into one output file, resumed where it stopped.
 
-Beside the output stands a folder `OUTPUT.progress` with a journal of what is done. Running the same command again goes
-on from there; when all is done, the output is written whole and the folder goes.
+Beside the output stands a folder `OUTPUT.progress` with a journal of what is done (in the working folder, if the output
+is a URL: a journal needs a disk). Running the same command again goes on from there; when all is done, the output is
+written whole and the folder goes.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import os
 import secrets
 import shutil
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from omnilmm.batch.journal import Record, Segment, SegmentReader, read_segment, read_segments, segment_tokens
+from omnilmm.batch.locations import Location, OnDisk
 from omnilmm.batch.order import in_order
 from omnilmm.batch.pace import Pace
 from omnilmm.batch.results import answered, refused
@@ -35,26 +36,32 @@ Ask = Callable[[str, Mapping[str, Any], str], Awaitable[Mapping[str, Any]]]
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A row has been answered: its response body, or None and the error."""
+    """A row's line for the output, and the response body in it: None if the row was refused."""
 
     row: Row
+    result: bytes
     body: Mapping[str, Any] | None
-    error: OmniError | None = None
+
+
+def progress_folder(output: Location) -> Path:
+    """Where the journal of a run that ends in `output` lies."""
+    name = output.name + ".progress"
+    return output.path.with_name(name) if isinstance(output, OnDisk) else Path.cwd() / name
 
 
 class Progress:
     """The journal of an unfinished run, for one process at a time.
 
     Args:
-        output: the file the run shall end in.
+        folder: where it lies.
         fingerprint: names what is asked; a journal of something else is refused.
 
     Raises:
         ConfigError: another process works on it, or the journal there is of another run.
     """
 
-    def __init__(self, output: Path, fingerprint: str) -> None:
-        self.folder = output.with_name(output.name + ".progress")
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self.folder = folder
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -80,8 +87,13 @@ class Progress:
         os.pwrite(self._lock, fingerprint.encode("ascii"), 0)
 
     def add(self, row: Row, result: bytes, *, is_success: bool) -> None:
-        """Write a result down. Raises StorageFull."""
-        self.records[row.number] = self.segment.append(row.number, result, is_success=is_success)
+        """Write a result down; of several for one row, the first counts. Raises StorageFull."""
+        if row.number not in self.records:
+            self.records[row.number] = self.segment.append(row.number, result, is_success=is_success)
+
+    def missing(self, rows: Sequence[Row]) -> list[Row]:
+        """Those without a result, in the order in which they should run."""
+        return in_order([row for row in rows if row.number not in self.records])
 
     def close(self) -> None:
         """Leave it for another time."""
@@ -94,6 +106,26 @@ class Progress:
         shutil.rmtree(self.folder)
 
 
+async def answer_row(row: Row, ask: Ask, pace: Pace) -> Done:
+    """Ask about one row, again where that makes sense. A fault of ours costs this row and no other."""
+    request_id = secrets.token_hex(16)
+
+    async def attempt() -> Mapping[str, Any]:
+        try:
+            return await ask(row.endpoint, row.body(), request_id)
+        except OmniError:
+            raise
+        except Exception as error:
+            _log.exception("a row failed")
+            raise OmniError("unforeseen") from error
+
+    try:
+        body = await pace.run(attempt)
+    except OmniError as error:
+        return Done(row, refused(row.custom_id, request_id, error), None)
+    return Done(row, answered(row.custom_id, request_id, body), body)
+
+
 async def answer_rows(
     rows: Sequence[Row], ask: Ask, progress: Progress, *, max_running: int, tell: Callable[[Done], None]
 ) -> None:
@@ -102,32 +134,14 @@ async def answer_rows(
     Raises:
         StorageFull: the disk is full; what was answered is kept.
     """
-    waiting = iter(in_order([row for row in rows if row.number not in progress.records]))
+    waiting = iter(progress.missing(rows))
     pace = Pace(max_running=max_running)
-
-    async def answer(row: Row) -> Done:
-        request_id = secrets.token_hex(16)
-
-        async def attempt() -> Mapping[str, Any]:
-            try:
-                return await ask(row.endpoint, row.body(), request_id)
-            except OmniError:
-                raise
-            except Exception as error:
-                _log.exception("a row failed")
-                raise OmniError("unforeseen") from error
-
-        try:
-            body = await pace.run(attempt)
-        except OmniError as error:
-            progress.add(row, refused(row.custom_id, request_id, error), is_success=False)
-            return Done(row, None, error)
-        progress.add(row, answered(row.custom_id, request_id, body), is_success=True)
-        return Done(row, body)
 
     async def work() -> None:
         for row in waiting:
-            tell(await answer(row))
+            done = await answer_row(row, ask, pace)
+            progress.add(row, done.result, is_success=done.body is not None)
+            tell(done)
 
     try:
         async with asyncio.TaskGroup() as group:
@@ -140,32 +154,20 @@ async def answer_rows(
 # -- output -------------------------------------------------------------------------------------------
 
 
-def write_output(output: Path, rows: Sequence[Row], progress: Progress, *, is_table: bool) -> None:
+def write_output(output: Location, rows: Sequence[Row], progress: Progress, *, is_table: bool) -> None:
     """All results in the order of the input, as lines in OpenAI's shape or as a table; whole or not at all."""
-    with _whole(output) as part, SegmentReader(progress.folder) as reader:
+    with output.replacing(progress.folder) as part, SegmentReader(progress.folder) as reader:
         results = (reader.read(progress.records[row.number]) for row in rows)
         if not is_table:
             with part.open("wb") as file:
                 file.writelines(result + b"\n" for result in results)
             return
         table = (_columns(row, json.loads(result)) for row, result in zip(rows, results, strict=True))
-        if output.suffix.lower() == ".parquet":
+        if output.suffix == ".parquet":
             _write_parquet(part, table)
         else:
             with part.open("w", encoding="utf-8") as lines:
                 lines.writelines(json.dumps(columns, ensure_ascii=False, default=str) + "\n" for columns in table)
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    part = path.with_name(path.name + ".part")
-    try:
-        yield part
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _columns(row: Row, result: Mapping[str, Any]) -> dict[str, Any]:

@@ -145,6 +145,15 @@ class BatchStore:
         with self._database.write() as connection:
             return connection.execute(query.values(status=Status.CANCELLING.value, cancelling_at=self._now())).rowcount
 
+    def has_work(self, tenant: str) -> bool:
+        """Whether a batch of the tenant has not ended."""
+        columns = self._batches.c
+        working = columns.status.in_([status.value for status in WORKING])
+        with self._database.read() as connection:
+            return (
+                connection.scalar(sql.select(columns.id).where(columns.tenant == tenant, working).limit(1)) is not None
+            )
+
     # -- what workers do ------------------------------------------------------------------------------
 
     def try_claim(self, lease_s: float) -> Claim | None:

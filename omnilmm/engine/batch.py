@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from omnilmm.engine.held import HeldDecodes, HeldGroup, block_table, rounded
 from omnilmm.engine.kv import PagedKV, Window
 from omnilmm.engine.plan import Row
 from omnilmm.models.attention import Attend, attention_products, attention_sdpa
@@ -94,14 +95,14 @@ class _Decodes:
     first: int  # token
     num_rows: int
     num_seen: int  # keys that every row sees
-    window: Window
+    num_keys: int
+    past: HeldGroup | Window
     mask: Tensor | None  # (num_rows * kv_heads, 1, 1, num_keys) in the pool's dtype, 0 or -inf
 
-    def attend(self, kv: PagedKV, layer: int, q: Tensor) -> Tensor:
+    def attend(self, kv: PagedKV, layer: int, q: Tensor, new_k: Tensor, new_v: Tensor) -> Tensor:
         """Of the step's q (T, heads, head_dim), what these rows read: (num_rows, heads, head_dim)."""
-        kv.read(layer, self.window)
-        k, v = self.window.keys, self.window.values  # each (num_rows * kv_heads, num_keys, head_dim)
-        rows = q if len(q) == self.num_rows else q[self.first : self.first + self.num_rows]
+        k, v = self._past(kv, layer, new_k, new_v)  # each (num_rows * kv_heads, num_keys, head_dim)
+        rows = self._own(q)
         queries = rows.reshape(len(k), -1, 1, q.shape[-1])
         scale = q.shape[-1] ** -0.5
         if k.shape[0] * k.shape[1] > SMALL:
@@ -111,6 +112,16 @@ class _Decodes:
         mask = None if self.mask is None else self.mask.squeeze(1)
         out = attention_sdpa(queries.view(1, len(k), -1, q.shape[-1]), k[None], v[None], scale=scale, mask=mask)
         return out.view(rows.shape)
+
+    def _past(self, kv: PagedKV, layer: int, new_k: Tensor, new_v: Tensor) -> tuple[Tensor, Tensor]:
+        if isinstance(self.past, Window):
+            kv.read(layer, self.past)
+            return self.past.keys, self.past.values
+        self.past.update(kv, layer, self._own(new_k), self._own(new_v))
+        return self.past.keys[layer, :, : self.num_keys], self.past.values[layer, :, : self.num_keys]
+
+    def _own(self, x: Tensor) -> Tensor:
+        return x if len(x) == self.num_rows else x[self.first : self.first + self.num_rows]
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +134,7 @@ class _Chunk:
     window: Window
     mask: Tensor  # (QUERY_TILE, QUERY_TILE) in the pool's dtype, 0 or -inf
 
-    def attend(self, kv: PagedKV, layer: int, q: Tensor) -> Tensor:
+    def attend(self, kv: PagedKV, layer: int, q: Tensor, new_k: Tensor, new_v: Tensor) -> Tensor:
         """Of the step's q (T, heads, head_dim), what this row reads: (num_tokens, heads, head_dim)."""
         kv.read(layer, self.window)
         k, v = self.window.keys, self.window.values  # each (kv_heads, num_keys, head_dim)
@@ -139,18 +150,31 @@ class _Chunk:
         return out.movedim(2, 0).flatten(1, 2)
 
 
+class GatheredAttention:
+    """The backend for devices without paged kernels. Good for one pool: it remembers what its latest step gathered."""
+
+    def __init__(self) -> None:
+        self._held: HeldDecodes | None = None
+
+    def __call__(self, batch: Batch, kv: PagedKV) -> GatheredAttend:
+        if self._held is None:
+            self._held = HeldDecodes(kv)
+        assert self._held.kv is kv, "one backend, two pools"
+        return GatheredAttend(batch, kv, self._held)
+
+
 class GatheredAttend:
-    """Attention for backends without paged kernels: gathers each group's blocks and attends to them densely.
+    """A step's attention: gathers the blocks of each group of rows, and attends to them densely.
 
     A position behind a row's last one is masked, and of somebody else's blocks none is read: a mask does not stop NaN.
     """
 
-    def __init__(self, batch: Batch, kv: PagedKV) -> None:
+    def __init__(self, batch: Batch, kv: PagedKV, held: HeldDecodes | None = None) -> None:
         self._kv = kv
         self._places = kv.places(batch.slots)
         num_decodes = sum(row.num_tokens == 1 for row in batch.rows)
         self._parts: tuple[_Decodes | _Chunk, ...] = (
-            *_decodes(batch, kv, num_decodes),
+            *_decodes(batch, kv, held or HeldDecodes(kv), num_decodes),
             *_chunks(batch, kv, num_decodes),
         )
         if len(batch.begun):
@@ -158,7 +182,7 @@ class GatheredAttend:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self._kv.write(layer, self._places, k, v)
-        pieces = [part.attend(self._kv, layer, q) for part in self._parts]
+        pieces = [part.attend(self._kv, layer, q, k, v) for part in self._parts]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
@@ -171,26 +195,20 @@ def _chunks(batch: Batch, kv: PagedKV, num_decodes: int) -> Iterator[_Chunk]:
         yield _Chunk(first, row.start, row.num_tokens, window, mask)
 
 
-def _decodes(batch: Batch, kv: PagedKV, num_decodes: int) -> Iterator[_Decodes]:
-    for begin, end in _similar([row.end for row in batch.rows[:num_decodes]]):
-        rows = batch.rows[begin:end]
-        num_blocks = _rounded(len(rows[0].block_ids))
-        table = np.array([row.block_ids + row.block_ids[:1] * (num_blocks - len(row.block_ids)) for row in rows])
-        window = kv.window(_tensor(table, batch.device))
+def _decodes(batch: Batch, kv: PagedKV, held: HeldDecodes, num_decodes: int) -> Iterator[_Decodes]:
+    ranges = list(_similar([row.end for row in batch.rows[:num_decodes]]))
+    groups = [batch.rows[begin:end] for begin, end in ranges]
+    for (begin, _), rows, group in zip(ranges, groups, held.hold(groups), strict=True):
+        num_blocks = rounded(len(rows[0].block_ids))
         num_keys = num_blocks * kv.block_size
         mask = None
         if any(row.end < num_keys for row in rows):
-            ends = np.repeat([row.end for row in rows], len(window.keys) // len(rows))
+            ends = np.repeat([row.end for row in rows], kv.num_heads)
             hidden = torch.from_numpy(np.arange(num_keys) >= ends[:, None])  # (rows * kv_heads, num_keys)
             mask = torch.zeros(hidden.shape, dtype=kv.dtype).masked_fill(hidden, -torch.inf)
             mask = mask.to(batch.device)[:, None, None]
-        yield _Decodes(begin, len(rows), rows[-1].end, window, mask)
-
-
-def _rounded(num_blocks: int) -> int:
-    """Up to an eighth more blocks, but few different numbers: for every new width CPU kernels are made anew."""
-    step = 1 << max(0, num_blocks.bit_length() - 4)
-    return -(-num_blocks // step) * step
+        past = group or kv.window(block_table(rows, num_blocks, batch.device))
+        yield _Decodes(begin, len(rows), rows[-1].end, num_keys, past, mask)
 
 
 def _similar(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:

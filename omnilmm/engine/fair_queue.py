@@ -53,6 +53,10 @@ class FairQueue:
         cost = PROMPT_COST * prompt + OUTPUT_COST * output
         self._counters[sequence.call.tenant] += cost / sequence.call.weight
 
+    def served(self, tenant: str) -> float:
+        """A tenant's counter."""
+        return self._counters[tenant]
+
     def _floor(self) -> float:
         """What a tenant that begins to wait is lifted to."""
         last = 0.0 if self._last_tenant is None else self._counters[self._last_tenant]

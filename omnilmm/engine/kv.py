@@ -45,7 +45,7 @@ class PagedKV:
         self, config: EngineConfig, model: LanguageConfig, *, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.block_size = config.block_size
-        self._num_heads, self._head_dim = model.num_kv_heads, model.head_dim
+        self.num_layers, self.num_heads, self.head_dim = model.num_layers, model.num_kv_heads, model.head_dim
         shape = (model.num_layers, config.num_blocks, 2, model.num_kv_heads, config.block_size, model.head_dim)
         self._pool = torch.zeros(shape, dtype=dtype, device=device)
         self._pages = tuple(layer.view(-1, config.block_size * model.head_dim) for layer in self._pool)
@@ -68,27 +68,45 @@ class PagedKV:
     def places(self, slots: Tensor) -> Places:
         """Where positions at `slots` (T,) int64 are kept."""
         block_ids, offsets = slots // self.block_size, slots % self.block_size
-        heads = torch.arange(self._num_heads, device=slots.device)
-        pages = block_ids[:, None] * (2 * self._num_heads) + heads  # (T, kv_heads)
+        heads = torch.arange(self.num_heads, device=slots.device)
+        pages = block_ids[:, None] * (2 * self.num_heads) + heads  # (T, kv_heads)
         keys = (pages * self.block_size + offsets[:, None]).flatten()
-        return Places(keys, keys + self._num_heads * self.block_size)
+        return Places(keys, keys + self.num_heads * self.block_size)
 
     def write(self, layer: int, places: Places, k: Tensor, v: Tensor) -> None:
         """Store k and v (T, kv_heads, head_dim) at `places`, all different."""
         rows = self._rows[layer]
-        rows.index_copy_(0, places.keys, k.reshape(-1, self._head_dim))
-        rows.index_copy_(0, places.values, v.reshape(-1, self._head_dim))
+        rows.index_copy_(0, places.keys, k.reshape(-1, self.head_dim))
+        rows.index_copy_(0, places.values, v.reshape(-1, self.head_dim))
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of all layers."""
+        return sum(map(len, self._pages))
+
+    def new_pages(self, count: int) -> Tensor:
+        """Memory for `count` pages, uninitialised: (count, block_size * head_dim)."""
+        return self._scratch.new_empty(count, self._scratch.shape[1])
+
+    def pages(self, block_ids: Tensor) -> Tensor:
+        """The pages of R sequences of B blocks each, block_ids (R, B) int64: all keys, then all values, each by row,
+        head and block, (2 * R * kv_heads * B,) int64."""
+        heads = torch.arange(2 * self.num_heads, device=block_ids.device).view(2, 1, -1, 1)
+        return (block_ids[:, None] * (2 * self.num_heads) + heads).flatten()
+
+    def gather(self, layer: int, pages: Tensor, out: Tensor) -> None:
+        """Copy a layer's `pages` (N,) into `out` (N, block_size * head_dim)."""
+        torch.index_select(self._pages[layer], 0, pages, out=out)
 
     def window(self, block_ids: Tensor) -> Window:
         """What R sequences of as many blocks each read in a step: block_ids (R, B) int64, repeats allowed."""
-        heads = torch.arange(2 * self._num_heads, device=block_ids.device).view(2, 1, -1, 1)
-        pages = (block_ids[:, None] * (2 * self._num_heads) + heads).flatten()  # of (2, R, kv_heads, B)
+        pages = self.pages(block_ids)
         if len(self._scratch) < len(pages):
-            self._scratch = self._pages[0].new_empty(2 * len(pages), self._scratch.shape[1])
+            self._scratch = self.new_pages(2 * len(pages))
         gathered = self._scratch[: len(pages)]
-        k, v = gathered.view(2, len(block_ids) * self._num_heads, -1, self._head_dim).unbind(0)
+        k, v = gathered.view(2, len(block_ids) * self.num_heads, -1, self.head_dim).unbind(0)
         return Window(pages, gathered, k, v)
 
     def read(self, layer: int, window: Window) -> None:
         """Gather a layer into `window.keys` and `window.values`. All windows share memory: one is good at a time."""
-        torch.index_select(self._pages[layer], 0, window.pages, out=window.gathered)
+        self.gather(layer, window.pages, window.gathered)

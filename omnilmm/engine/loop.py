@@ -13,10 +13,11 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 
 from omnilmm.engine.engine import Engine, EngineStats, Failed, Output, Tokens
 from omnilmm.engine.grammar import PARAM, GrammarCompiler, Matcher
@@ -24,9 +25,10 @@ from omnilmm.engine.inbox import Abort, Drain, Fetch, Message, Request, Stop, Su
 from omnilmm.engine.loading import AdapterLoader
 from omnilmm.engine.plan import Needs
 from omnilmm.engine.shelf import AdapterShelf, Loaded
-from omnilmm.engine.stream import Ending, TokenStream
+from omnilmm.engine.stream import Ending, TokenStream, flush_interval
 from omnilmm.errors import DeadlineExceeded, InvalidRequest, NotFound, OmniError, Overloaded, ReplicaLost
 from omnilmm.messages import GenerateCall, TokenBatch
+from omnilmm.models.device import apart
 from omnilmm.observe import Observer, PrefillDone, Silent, StepRun
 from omnilmm.ports import Clock
 
@@ -43,7 +45,7 @@ class EngineLoop:
         engine: from `start` to `stop` it belongs to the thread.
         grammars: compiles the forms that answers may be asked to have; without it, such calls are refused.
         adapters: the low-rank adapters that calls may name; without it, such calls are refused.
-        flush_interval_s, max_batch_tokens: how tokens are bundled, see `stream`.
+        flush_interval_s, max_batch_tokens: how tokens of a lone stream are bundled, see `stream`.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class EngineLoop:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="adapter")
         self._adapters: AdapterLoader | None = None
         if adapters is not None:
-            self._adapters = AdapterLoader(adapters, gate=threading.Lock(), submit=self._reader.submit)
+            self._adapters = AdapterLoader(adapters, gate=threading.Lock(), submit=self._submit_load)
         self._observer = observer or Silent()
         self._clock = clock
         self._flush_interval_s = flush_interval_s
@@ -114,7 +116,7 @@ class EngineLoop:
         """
         ends_at = asyncio.get_running_loop().time() + call.timeout_s
         matcher = await self._start_matcher(call)
-        stream = TokenStream(flush_interval_s=self._flush_interval_s, max_batch_tokens=self._max_batch_tokens)
+        stream = TokenStream(flush_interval_s=self._flush_interval, max_batch_tokens=self._max_batch_tokens)
         adapter = await self._hold_adapter(call, ends_at)
         if adapter is not None:
             call = replace(call, adapter=adapter.key)  # blocks are told apart by what it is, not by its name
@@ -170,6 +172,12 @@ class EngineLoop:
             if self._is_open:
                 self._inbox.put(message)
             return self._is_open
+
+    def _submit_load(self, load: Callable[[str], Loaded], name: str) -> Future[Loaded]:
+        return self._reader.submit(apart, partial(load, name))
+
+    def _flush_interval(self) -> float:
+        return flush_interval(self._stats.num_running, least_s=self._flush_interval_s)
 
     # -- on the event loop of a request ---------------------------------------------------------------
 

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from omnilmm.config import EngineConfig
-from omnilmm.engine.batch import AttendFactory, Batch, GatheredAttend, build_batch
-from omnilmm.engine.kv import PagedKV
-from omnilmm.engine.plan import Drawn, PictureSlice, Plan, StepResult
+from omnilmm.engine.backend import Backend, pick_backend
+from omnilmm.engine.batch import Batch, build_batch
+from omnilmm.engine.plan import Drawn, PictureSlice, Plan, Row, StepResult
 from omnilmm.engine.sampling import draw_tokens
 from omnilmm.errors import ConfigError, OmniError
 from omnilmm.models.adapters import AdapterPool, TokenRun
 from omnilmm.models.decoder import LanguageModel
+from omnilmm.models.device import pin_threads
 
 _DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -24,6 +25,11 @@ class ModelRunner:
     """Computes plans with a model, and owns its KV pool.
 
     It remembers nothing of any sequence but the keys and values in the pool's slots, so a plan is all it needs.
+
+    Args:
+        backend: how to attend; if not given, what the settings and the device ask for.
+        adapters: where the rows of a plan that have an adapter find it.
+        owns_cores: the first step pins the thread that takes it, and its helpers, to a core each.
     """
 
     def __init__(
@@ -31,17 +37,21 @@ class ModelRunner:
         model: LanguageModel,
         config: EngineConfig,
         *,
-        attend_factory: AttendFactory = GatheredAttend,
+        backend: Backend | None = None,
         adapters: AdapterPool | None = None,
+        owns_cores: bool = False,
     ) -> None:
         if config.max_context > model.config.max_context:
             raise ConfigError(f"max_context is {config.max_context}, but the model has {model.config.max_context}")
         parameter = next(model.parameters())
         self._model = model
         self._device, self._dtype = parameter.device, parameter.dtype
-        self._attend_factory = attend_factory
+        backend = backend or pick_backend(config, model.config, self._device)
+        self._attend_factory = backend.attend
         self._adapters = adapters
-        self._kv = PagedKV(config, model.config, dtype=self._dtype, device=self._device)
+        self._is_to_pin = owns_cores
+        self._kv = backend.pool(config, model.config, dtype=self._dtype, device=self._device)
+        self._graphs = backend.prepare(model, self._kv, config)
 
     @property
     def vocab_size(self) -> int:
@@ -54,15 +64,16 @@ class ModelRunner:
         A row with unfit picture vectors is left out, and one whose numbers come out not finite is not drawn from:
         both are in the result's failures, and the other rows are as they would be without them.
         """
+        if self._is_to_pin:
+            self._is_to_pin = False
+            pin_threads()
         vectors, failures = self._read_pictures(plan)
         rows = [row for row in plan.rows if row.sequence_id not in failures]
         if not rows:
             return StepResult(failures=failures)
-        batch = build_batch(rows, block_size=self._kv.block_size, device=self._device)
-        hidden = self._forward(batch, vectors)  # (num_rows, hidden)
-        logits = self._model.logits(hidden[batch.drawing])  # (num_drawing, vocab) float32
+        batch, hidden, logits = self._compute(rows, vectors)
         is_fit = _is_finite(hidden)
-        is_fit[batch.drawing] &= _is_finite(logits)
+        is_fit[batch.drawing.to(is_fit.device)] &= _is_finite(logits)
         for row, fit in zip(batch.rows, is_fit.tolist(), strict=True):
             if not fit:
                 failures[row.sequence_id] = OmniError("the model produced a number that is not finite")
@@ -93,6 +104,16 @@ class ModelRunner:
             raise OmniError("an embedding has a number that is not finite")
         wanted = vectors[picture.first : picture.first + picture.count]
         return wanted.to(self._device, self._dtype)
+
+    def _compute(self, rows: Sequence[Row], vectors: Mapping[int, Sequence[Tensor]]) -> tuple[Batch, Tensor, Tensor]:
+        """The rows as a batch, their hidden states (num_rows, hidden), and logits (num_drawing, vocab) float32."""
+        size = self._kv.block_size
+        if self._graphs is not None and self._graphs.can_run(rows):
+            batch = build_batch(rows, block_size=size, device=torch.device("cpu"))  # its tensors stay here
+            return batch, *self._graphs.run(batch)
+        batch = build_batch(rows, block_size=size, device=self._device)
+        hidden = self._forward(batch, vectors)
+        return batch, hidden, self._model.logits(hidden[batch.drawing])
 
     def _forward(self, batch: Batch, vectors: Mapping[int, Sequence[Tensor]]) -> Tensor:
         """Hidden state of each row's last token, (num_rows, hidden); keys and values of all tokens go to the pool."""

@@ -12,7 +12,7 @@ own and waits; it computes them again later (or finds them in the prefix cache) 
 from __future__ import annotations
 
 import math
-from collections import abc
+from collections import Counter, abc
 
 from omnilmm.config import EngineConfig
 from omnilmm.engine.blocks import BlockManager
@@ -36,6 +36,7 @@ class _Draft:
     def __init__(self, budget: int) -> None:
         self.budget = budget  # tokens the step may still compute
         self.filling: set[bytes] = set()  # digests of the blocks that the step will fill
+        self.reads_online = False  # whether an answer that somebody waits for is about to begin
         self._rows: dict[int, Row] = {}
 
     def __contains__(self, sequence: Sequence) -> bool:
@@ -44,6 +45,7 @@ class _Draft:
     def pay(self, sequence: Sequence) -> None:
         """Compute as much of what the sequence owes as is ready and the budget allows."""
         row = sequence.row(min(sequence.num_payable, self.budget))
+        self.reads_online |= sequence.priority is Priority.ONLINE and sequence.num_owed > 1
         self.filling.update(digest for _, digest in sequence.fills(row.num_tokens))
         self._rows[sequence.id] = row
         self.budget -= row.num_tokens
@@ -111,11 +113,14 @@ class Scheduler:
         draft = _Draft(self._config.max_step_tokens)
         may_start = True
         for priority in Priority:
+            if priority is Priority.BATCH and draft.reads_online:
+                break  # what a batch adds to a step is added to the time to somebody's first token
+            self._free_seat(priority)
             running = [sequence for sequence in self._in_rank() if sequence.priority is priority]
             for sequence in running:
                 if sequence.num_owed == 1:
                     self._pay_running(sequence, draft)
-            for sequence in running:
+            for sequence in sorted(running, key=lambda other: self._queues[priority].served(other.call.tenant)):
                 if sequence.num_owed > 1:
                     self._pay_running(sequence, draft)
             may_start = may_start and self._start_waiting(priority, draft)
@@ -171,6 +176,29 @@ class Scheduler:
             if sequence.ready_after(num_cached) > num_cached:
                 return sequence
         return None
+
+    def _free_seat(self, priority: Priority) -> None:
+        """Let the tenant next in turn have about as many seats as others, though they be taken for long answers.
+
+        Where all seats are taken, and another tenant was served more and has two more seats than this one would, the
+        newest of that one's sequences gives its own up. Its blocks stay findable, so it loses little. Seats of lower
+        classes are taken first, when a sequence starts.
+        """
+        is_full = self.num_running == self._config.max_sequences
+        if not is_full or any(other.priority > priority for other in self._running.values()):
+            return
+        waiting = self._next_startable(priority, _Draft(0))
+        peers = [other for other in self._running.values() if other.priority is priority]
+        if waiting is None or not peers:
+            return
+        held = Counter(other.call.tenant for other in peers)
+        most = max(peers, key=lambda other: (held[other.call.tenant] / other.call.weight, other.id))
+        served = self._queues[priority].served
+        was_served_less = served(waiting.call.tenant) < served(most.call.tenant)
+        if was_served_less and held[most.call.tenant] / most.call.weight > (
+            (held[waiting.call.tenant] + 2) / waiting.call.weight
+        ):
+            self._preempt(most)
 
     def _try_start(self, sequence: Sequence, draft: _Draft) -> bool:
         """Give a waiting sequence a seat and blocks for all its tokens, if there is or can be made room.

@@ -97,18 +97,20 @@ class AdapterShelf:
     # -- loading --------------------------------------------------------------------------------------
 
     def read(self, name: str) -> AdapterWeights:
-        """The adapter from its files.
+        """The adapter from its files. ``name@version`` is one whose digest begins so.
 
         Raises:
-            NotFound: there is none of that name.
+            NotFound: there is none of that name, or it is of another version.
             CheckpointError: what is wrong with it.
         """
-        folder = self._catalog.find(name)
-        if folder is None:
+        plain, _, version = name.partition("@")
+        folder = self._catalog.find(plain)
+        weights = None if folder is None else self._read(folder)
+        if weights is None or not weights.digest.startswith(version):
             raise NotFound(
                 "The model does not exist or you do not have access to it.", param="model", code="model_not_found"
             )
-        return self._read(folder)
+        return weights
 
     def note_broken(self, name: str) -> None:
         """It could not be read: do not try at every request."""
@@ -140,7 +142,7 @@ class AdapterShelf:
         assert name not in self._loaded, "an adapter was loaded twice"
         self._promised.remove(ranks)
         self._broken.pop(name, None)
-        loaded = Loaded(name, f"{name}@{weights.digest[:16]}", ranks, num_users=1)
+        loaded = Loaded(name, f"{name.partition('@')[0]}@{weights.digest[:16]}", ranks, num_users=1)
         self._loaded[name] = loaded
         self.num_loads += 1
         return loaded

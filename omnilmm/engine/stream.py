@@ -2,13 +2,14 @@
 
 A hop through the cluster costs the same for one token as for eight, so batches are as large as the reader's own pace
 makes them: the first token leaves at once, and afterwards a pull takes all that gathered since the last one, after
-waiting until `flush_interval_s` has passed since then or `max_batch_tokens` are there.
+waiting until a flush interval has passed since then or `max_batch_tokens` are there. The more streams there are, the
+longer the interval.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from omnilmm.messages import TokenBatch
@@ -16,11 +17,22 @@ from omnilmm.messages import TokenBatch
 Ending = TokenBatch | Exception
 """The last thing a reader gets when a stream does not end by itself: a batch with `missing`, or something raised."""
 
+HOP_EVERY_S = 0.0125
+"""Between two batches of a replica, whosever they are. Each costs the processes on its way about a millisecond of CPU,
+which the engine's steps pay for where they share the cores."""
+MAX_FLUSH_INTERVAL_S = 0.2
+"""A reader who watches is told this often at least."""
+
+
+def flush_interval(num_streams: int, *, least_s: float) -> float:
+    """How long tokens of one of this many streams may gather, in seconds."""
+    return min(max(least_s, HOP_EVERY_S * num_streams), max(least_s, MAX_FLUSH_INTERVAL_S))
+
 
 class TokenStream:
     """One sequence's tokens on their way to one reader. Lives, and is touched, on the event loop that made it."""
 
-    def __init__(self, *, flush_interval_s: float, max_batch_tokens: int) -> None:
+    def __init__(self, *, flush_interval_s: Callable[[], float], max_batch_tokens: int) -> None:
         self.event_loop = asyncio.get_running_loop()
         self._flush_interval_s = flush_interval_s
         self._max_batch_tokens = max_batch_tokens
@@ -57,7 +69,7 @@ class TokenStream:
         await self._gather(1)
         if self._taken_at is not None:
             with suppress(TimeoutError):
-                async with asyncio.timeout_at(self._taken_at + self._flush_interval_s):
+                async with asyncio.timeout_at(self._taken_at + self._flush_interval_s()):
                     await self._gather(self._max_batch_tokens)
         self._taken_at = self.event_loop.time()
         if self._gathered:

@@ -10,33 +10,32 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from omnilmm.errors import CheckpointError
+from omnilmm.models.adapter_header import MAX_HEADER_BYTES, MIN_BYTES, WEIGHTS_FILE, check_header
 from omnilmm.models.config import ModelConfig
 from omnilmm.models.layout import Part, TensorSlot, checkpoint_layout
 
 CONFIG_FILE: Final = "adapter_config.json"
-WEIGHTS_FILE: Final = "adapter_model.safetensors"
 PICKLED_FILE: Final = "adapter_model.bin"
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 """What an adapter may be called: it stands behind the colon of ``base:adapter``."""
 
 PROJECTIONS: Final = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-_PEFT_PREFIX: Final = "base_model.model."
-_MAX_CONFIG_BYTES: Final = 64 * 1024
-_MAX_HEADER_BYTES: Final = 4 * 1024**2
-_DTYPES: Final[Mapping[str, int]] = {"F32": 4, "F16": 2, "BF16": 2}  # bytes a number
+MAX_CONFIG_BYTES: Final = 64 * 1024
 
 # What peft can do besides, with the values that mean "not used". Anything else would change the maths.
 _UNUSED: Final[Mapping[str, tuple[Any, ...]]] = {
@@ -70,6 +69,16 @@ class AdapterWeights:
     digest: str
     rank: int
     pairs: Mapping[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFacts:
+    """What is known of an adapter whose numbers are not in memory. `digest` as of AdapterWeights; `num_bytes` are those
+    of its weights' file."""
+
+    digest: str
+    rank: int
+    num_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,22 +123,76 @@ def read_adapter(folder: Path, config: ModelConfig, *, max_rank: int, dtype: tor
     Raises:
         CheckpointError: what is wrong with it, by file, setting or tensor.
     """
-    settings = _read_file(folder / CONFIG_FILE, _MAX_CONFIG_BYTES)
+    with _opened(folder) as place:
+        asked = _asked_of(place, config, max_rank)
+        data = _read_file(place, WEIGHTS_FILE, asked.max_bytes)
+    stored = check_header(data, asked.shapes)
+    tensors = _load(data)
+    digest = hashlib.sha256(asked.settings + data).hexdigest()
+    return AdapterWeights(digest, asked.rank, dict(_pairs(asked, lambda name: tensors[stored[name]], dtype)))
+
+
+def check_adapter(folder: Path, config: ModelConfig, *, max_rank: int, dtype: torch.dtype) -> AdapterFacts:
+    """What `read_adapter` would say of an adapter, with one pair of its tensors in memory at a time.
+
+    The folder must be the caller's own: nobody else may write to its files meanwhile.
+
+    Raises:
+        CheckpointError: as `read_adapter`.
+    """
+    with _opened(folder) as place:
+        asked = _asked_of(place, config, max_rank)
+        descriptor, size = _open_file(place, WEIGHTS_FILE, asked.max_bytes)
+    with os.fdopen(descriptor, "rb") as file:
+        if size < MIN_BYTES:
+            raise CheckpointError(f"The adapter's {WEIGHTS_FILE} is cut short, or its header is too large.")
+        with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as data:
+            stored = check_header(data, asked.shapes)
+            digest = hashlib.sha256(asked.settings)
+            digest.update(data)
+    with safe_open(folder / WEIGHTS_FILE, framework="pt") as tensors:
+        for _ in _pairs(asked, lambda name: tensors.get_tensor(stored[name]), dtype):
+            pass
+    return AdapterFacts(digest.hexdigest(), asked.rank, size)
+
+
+def max_weights_bytes(config: ModelConfig, max_rank: int) -> int:
+    """The most that an adapter's tensors may take on disk, header and all."""
+    return _max_bytes(dict(_shapes(projection_slots(config), max_rank)))
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What an adapter's settings ask its tensors to be. `settings` are the bytes they stand in."""
+
+    settings: bytes
+    rank: int
+    scale: float
+    modules: tuple[str, ...]
+    shapes: Mapping[str, tuple[int, int]]
+
+    @property
+    def max_bytes(self) -> int:
+        return _max_bytes(self.shapes)
+
+
+def _asked_of(place: int, config: ModelConfig, max_rank: int) -> _Asked:
+    """From the folder's settings, which is as far as one can come without its tensors."""
+    settings = _read_file(place, CONFIG_FILE, MAX_CONFIG_BYTES)
     rank, scale, kinds = _read_settings(settings, max_rank)
     slots = {name: slot for name, slot in projection_slots(config).items() if name.rpartition(".")[2] in kinds}
-    shapes = dict(_shapes(slots, rank))
-    most = 8 + _MAX_HEADER_BYTES + sum(4 * math.prod(shape) for shape in shapes.values())
-    if not (folder / WEIGHTS_FILE).exists() and (folder / PICKLED_FILE).exists():
+    if not _exists(place, WEIGHTS_FILE) and _exists(place, PICKLED_FILE):
         raise CheckpointError(f"The adapter's {PICKLED_FILE} is a pickle and is not read: save it as safetensors.")
-    data = _read_file(folder / WEIGHTS_FILE, most)
-    stored = _check_header(data, shapes)
-    digest = hashlib.sha256(settings + data).hexdigest()
-    tensors = _load(data)
-    pairs = {}
-    for name in slots:
-        down, up = (tensors[stored[f"{name}.lora_{half}.weight"]].float() for half in "AB")
-        pairs[name] = (_fit(down, name, dtype), _fit(up.t() * scale, name, dtype))
-    return AdapterWeights(digest, rank, pairs)
+    return _Asked(settings, rank, scale, tuple(slots), dict(_shapes(slots, rank)))
+
+
+def _pairs(
+    asked: _Asked, tensor: Callable[[str], Tensor], dtype: torch.dtype
+) -> Iterator[tuple[str, tuple[Tensor, Tensor]]]:
+    """Each module's down (r, in) and up (r, out), scaled and in `dtype`."""
+    for name in asked.modules:
+        down, up = (tensor(f"{name}.lora_{half}.weight").float() for half in "AB")
+        yield name, (_fit(down, name, dtype), _fit(up.t() * asked.scale, name, dtype))
 
 
 def _shapes(slots: Mapping[str, TensorSlot], rank: int) -> Iterator[tuple[str, tuple[int, int]]]:
@@ -139,24 +202,56 @@ def _shapes(slots: Mapping[str, TensorSlot], rank: int) -> Iterator[tuple[str, t
         yield f"{name}.lora_B.weight", (slot.shape[0], rank)
 
 
-def _read_file(path: Path, max_bytes: int) -> bytes:
-    """All of a regular file, opened once: nothing can take its place between a check and the reading."""
+def _max_bytes(shapes: Mapping[str, tuple[int, int]]) -> int:
+    return 8 + MAX_HEADER_BYTES + sum(4 * math.prod(shape) for shape in shapes.values())
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    """The folder as a descriptor: its files are of one adapter, even if another takes its place meanwhile."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
-        raise CheckpointError(f"The adapter's {path.name} is missing, a link, or cannot be opened.") from error
+        raise CheckpointError("The adapter's folder is missing, or cannot be opened.") from error
+    try:
+        yield place
+    finally:
+        os.close(place)
+
+
+def _exists(place: int, name: str) -> bool:
+    try:
+        os.stat(name, dir_fd=place, follow_symlinks=False)
+    except OSError:
+        return False
+    return True
+
+
+def _open_file(place: int, name: str, max_bytes: int) -> tuple[int, int]:
+    """A descriptor of a regular file, and its size. Opened once: nothing takes its place between check and reading."""
+    try:
+        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=place)
+    except OSError as error:
+        raise CheckpointError(f"The adapter's {name} is missing, a link, or cannot be opened.") from error
+    status = os.fstat(descriptor)
+    if stat.S_ISREG(status.st_mode) and status.st_size <= max_bytes:
+        return descriptor, status.st_size
+    os.close(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"The adapter's {name} is not a file.")
+    raise CheckpointError(f"The adapter's {name} has more than the {max_bytes} bytes it may have.")
+
+
+def _read_file(place: int, name: str, max_bytes: int) -> bytes:
+    """All of a regular file."""
+    descriptor, _ = _open_file(place, name, max_bytes)
     with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise CheckpointError(f"The adapter's {path.name} is not a file.")
-        if status.st_size > max_bytes:
-            raise CheckpointError(f"The adapter's {path.name} has more than the {max_bytes} bytes it may have.")
         try:
             data = file.read(max_bytes + 1)
         except OSError as error:
-            raise CheckpointError(f"The adapter's {path.name} cannot be read.") from error
+            raise CheckpointError(f"The adapter's {name} cannot be read.") from error
     if len(data) > max_bytes:
-        raise CheckpointError(f"The adapter's {path.name} has more than the {max_bytes} bytes it may have.")
+        raise CheckpointError(f"The adapter's {name} has more than the {max_bytes} bytes it may have.")
     return data
 
 
@@ -186,57 +281,6 @@ def _read_settings(data: bytes, max_rank: int) -> tuple[int, float, frozenset[st
         )
     scale = alpha / (math.sqrt(rank) if values.get("use_rslora") is True else rank)
     return rank, scale, kinds
-
-
-def _check_header(data: bytes, shapes: Mapping[str, tuple[int, int]]) -> Mapping[str, str]:
-    """The name in the file of every tensor in `shapes`, once the header tells of these alone and of every byte.
-
-    The format: 8 bytes with the header's length, little-endian; the header, JSON; the numbers.
-    """
-    size = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or size > min(_MAX_HEADER_BYTES, len(data) - 8):
-        raise CheckpointError(f"The adapter's {WEIGHTS_FILE} is cut short, or its header is too large.")
-    try:
-        header = json.loads(data[8 : 8 + size], object_pairs_hook=_without_repeats)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"The adapter's {WEIGHTS_FILE} has a header that is not JSON.") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"The adapter's {WEIGHTS_FILE} has a header that is not a JSON object.")
-    header.pop("__metadata__", None)
-    stored = {_plain_name(name): name for name in header}
-    for name in sorted(stored.keys() ^ shapes.keys())[:1]:
-        verb = "lacks" if name in shapes else "has the unknown tensor"
-        raise CheckpointError(f"The adapter {verb} {name[:200]}.")
-    if len(stored) < len(header):
-        raise CheckpointError("The adapter holds a tensor twice.")
-    ranges = sorted(_range_of(name, header[stored[name]], shape) for name, shape in shapes.items())
-    ends = [0, *(end for _, end in ranges)]
-    if [begin for begin, _ in ranges] != ends[:-1] or 8 + size + ends[-1] != len(data):
-        raise CheckpointError(f"The adapter's {WEIGHTS_FILE} is not as long as its header says.")
-    return stored
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a name appears twice")
-    return dict(pairs)
-
-
-def _plain_name(name: str) -> str:
-    return name.removeprefix(_PEFT_PREFIX).removeprefix("llm.")
-
-
-def _range_of(name: str, entry: Any, shape: tuple[int, int]) -> tuple[int, int]:
-    """The bytes a header's entry claims, which must be as many as its shape and dtype ask for."""
-    match entry:
-        case {"dtype": str(dtype), "shape": [int(rows), int(columns)], "data_offsets": [int(begin), int(end)]}:
-            if dtype not in _DTYPES:
-                raise CheckpointError(f"The adapter's tensor {name} is stored in a dtype that is not supported.")
-            if (rows, columns) != shape:
-                raise CheckpointError(f"The adapter's tensor {name} has another shape than the model asks for.")
-            if begin >= 0 and end - begin == rows * columns * _DTYPES[dtype]:
-                return begin, end
-    raise CheckpointError(f"The adapter's tensor {name} is not described as it should be.")
 
 
 def _load(data: bytes) -> Mapping[str, Tensor]:

@@ -2,11 +2,8 @@
 
 Our projections are fused (q, k, v in one matrix), the ones an adapter is made of are not. So for every official
 projection the pool keeps the pairs of all loaded adapters as rank rows of one matrix, and adds what they make of a
-step's tokens to that projection's columns of what the fused layer gives.
-
-Tokens of different adapters go through one product: over the rank rows of all of them, after which every token keeps
-those of its own. At decoding the weights are what takes time to read, and this reads each once, in few large products.
-A token without an adapter is in none of them or keeps nothing, and one adapter's rows are never read as another's.
+step's tokens to that projection's columns of what the fused layer gives. How, is
+in `adapter_products`.
 """
 
 from __future__ import annotations
@@ -14,52 +11,39 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from omnilmm.models.adapter_files import AdapterWeights, projection_slots
+from omnilmm.models.adapter_products import (
+    BITS,
+    FEW,
+    GAP,
+    PackedRows,
+    Pairs,
+    Product,
+    Rows,
+    TokenRun,
+    products_of,
+)
 from omnilmm.models.config import ModelConfig
 from omnilmm.models.decoder import LanguageModel
+from omnilmm.models.packed import PackedLinear
 
-FEW = 32
-"""Tokens in a row of one adapter up to which they share a product with their neighbours."""
+__all__ = ["FEW", "GAP", "AdapterPool", "TokenRun"]
 
-GAP = 64
-"""Rank rows of nobody's that a product may read for nothing, before two are made of it."""
+MAX_STRETCHES = 16
+"""Stretches of rank rows whose views are kept. A view costs little, but there are hundreds of them in a step."""
 
+PACKED_RANKS = 128
+"""The widest stretch of rank rows that is copied into oneDNN's order. There is one such copy at a time."""
 
-@dataclass(frozen=True, slots=True)
-class TokenRun:
-    """Neighbouring tokens [first, end) of a step, and the rank rows of their adapter; None is the model itself."""
-
-    first: int
-    end: int
-    ranks: range | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Product:
-    """Tokens and the rank rows they all go through. `others` (tokens, 1, rank rows) bool is True where a row is not of
-    a token's own adapter; None where all are."""
-
-    tokens: slice
-    ranks: slice
-    others: Tensor | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Pairs:
-    """The official projections that one fused layer holds."""
-
-    down: Tensor  # (rank rows, projections, in)
-    ups: tuple[Tensor, ...]  # each (rank rows, out of that projection)
-    columns: tuple[slice, ...]  # of the fused layer's output
-    names: tuple[str, ...]  # the projections' official ones
+PACK_AFTER = 8
+"""Different steps in a row that could have used another copy than there is, before it is made: it takes about two."""
 
 
 class AdapterPool:
@@ -77,27 +61,27 @@ class AdapterPool:
         example = model.embedding.weight
         self.num_ranks = num_ranks
         self.dtype = example.dtype
-        self._products: tuple[_Product, ...] = ()
-        self._layers: list[_Pairs] = []
+        self._products: tuple[Product, ...] = ()
+        self._last: tuple[tuple[TokenRun, ...], int, tuple[Product, ...]] = ((), 0, ())
+        self._stretches: dict[tuple[int, int], tuple[Rows, ...]] = {}
+        self._packed: tuple[slice, int, tuple[PackedRows, ...]] | None = None
+        self._num_unpacked = 0  # products since one that used the packed copy, or could not have
+        self._num_writes = 0  # begun and ended: odd while one is under way. A copy is good while this stands still.
+        self._layers: list[Pairs] = []
         self._hooks: list[RemovableHandle] = []
         fused: dict[str, list[str]] = defaultdict(list)
         slots = projection_slots(config)
         for name, slot in slots.items():
             fused[slot.parameter.removesuffix(".weight")].append(name)
         for layer, names in fused.items():
-            owned = [slots[name] for name in names]
-            pairs = _Pairs(
-                down=example.new_zeros(num_ranks, len(owned), owned[0].shape[1]),
-                ups=tuple(example.new_zeros(num_ranks, slot.shape[0]) for slot in owned),
-                columns=tuple(slot.rows for slot in owned),
-                names=tuple(names),
-            )
-            self._layers.append(pairs)
-            self._hooks.append(model.get_submodule(layer).register_forward_hook(partial(self._add, pairs)))
+            hook = partial(self._add, len(self._layers))
+            self._layers.append(Pairs.zero(example, names, [slots[name] for name in names], num_ranks))
+            self._hooks.append(model.get_submodule(layer).register_forward_hook(hook))
+        self._packs = all(isinstance(model.get_submodule(layer), PackedLinear) for layer in fused)
 
     @property
     def num_bytes(self) -> int:
-        """What the pool takes, used or not."""
+        """What the pool takes, used or not; a packed copy of some of it may come on top."""
         return sum(pairs.down.nbytes + sum(up.nbytes for up in pairs.ups) for pairs in self._layers)
 
     @torch.inference_mode()
@@ -106,20 +90,24 @@ class AdapterPool:
         assert len(ranks) == weights.rank, "an adapter takes as many rows as its rank"
         assert ranks.stop <= self.num_ranks, "rows outside the pool"
         rows = slice(ranks.start, ranks.stop)
-        for pairs in self._layers:
-            for index, (name, up) in enumerate(zip(pairs.names, pairs.ups, strict=True)):
-                if name in weights.pairs:
-                    stored_down, stored_up = weights.pairs[name]
-                    pairs.down[rows, index].copy_(stored_down)
-                    up[rows].copy_(stored_up)
-                else:
-                    pairs.down[rows, index].zero_()
-                    up[rows].zero_()
+        self._num_writes += 1
+        try:
+            for pairs in self._layers:
+                for index, (name, up) in enumerate(zip(pairs.names, pairs.ups, strict=True)):
+                    if name in weights.pairs:
+                        stored_down, stored_up = weights.pairs[name]
+                        pairs.down[rows, index].copy_(stored_down)
+                        up[rows].copy_(stored_up)
+                    else:
+                        pairs.down[rows, index].zero_()
+                        up[rows].zero_()
+        finally:
+            self._num_writes += 1
 
     @contextmanager
     def acting(self, runs: Sequence[TokenRun]) -> Iterator[None]:
         """Within, the model's next call has these runs of tokens, which cover it in their order."""
-        self._products = tuple(_products(runs, self._layers[0].down.device))
+        self._products = self._products_of(tuple(runs))
         try:
             yield
         finally:
@@ -131,53 +119,57 @@ class AdapterPool:
             hook.remove()
         self._hooks.clear()
 
-    def _add(self, pairs: _Pairs, layer: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
+    def _products_of(self, runs: tuple[TokenRun, ...]) -> tuple[Product, ...]:
+        """Those of the step before, where its runs were the same: as long as the same sequences decode, they are."""
+        num_writes = self._num_writes
+        if (runs, num_writes) != self._last[:2]:
+            self._last = (runs, num_writes, tuple(self._make_product(*wanted) for wanted in products_of(runs)))
+        return self._last[2]
+
+    def _make_product(self, tokens: slice, ranks: slice, own: Tensor | None) -> Product:
+        if own is None:
+            return Product(tokens, self._rows(ranks), None)
+        layers: tuple[Rows | PackedRows, ...]
+        packed = self._packed_over(ranks)
+        if packed is not None:
+            whole, layers = packed
+            own = functional.pad(own, (ranks.start - whole.start, whole.stop - ranks.stop))
+        else:
+            layers = self._rows(ranks)
+        bits = own.to(self._layers[0].down.device, BITS[self.dtype.itemsize]).neg_()
+        return Product(tokens, layers, bits)
+
+    def _rows(self, ranks: slice) -> tuple[Rows, ...]:
+        key = (ranks.start, ranks.stop)
+        rows = self._stretches.get(key)
+        if rows is None:
+            if len(self._stretches) >= MAX_STRETCHES:
+                self._stretches.clear()
+            rows = self._stretches[key] = tuple(pairs.rows(ranks) for pairs in self._layers)
+        return rows
+
+    def _packed_over(self, ranks: slice) -> tuple[slice, tuple[PackedRows, ...]] | None:
+        """A copy in oneDNN's order that holds these rows and not twice as many, if there is one, or it is time."""
+        num_ranks, num_writes = ranks.stop - ranks.start, self._num_writes
+        if not self._packs or num_ranks > PACKED_RANKS:
+            return None
+        if self._packed is not None:
+            whole, made_at, layers = self._packed
+            is_near = whole.start <= ranks.start and ranks.stop <= whole.stop <= whole.start + 2 * num_ranks
+            if is_near and made_at == num_writes:
+                self._num_unpacked = 0
+                return whole, layers
+        self._num_unpacked += 1
+        if self._num_unpacked < PACK_AFTER or num_writes % 2:
+            return None
+        self._packed = None  # before the next takes as much
+        layers = tuple(pairs.packed_rows(ranks) for pairs in self._layers)
+        if num_writes != self._num_writes:
+            return None
+        self._packed, self._num_unpacked = (ranks, num_writes, layers), 0
+        return ranks, layers
+
+    def _add(self, index: int, layer: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> None:
         """Add to `out` (T, columns) in place what the adapters make of the layer's input (T, in)."""
         for product in self._products:
-            x, rows = inputs[0][product.tokens], out[product.tokens]  # (t, in), (t, columns)
-            down = pairs.down[product.ranks].flatten(0, 1)  # (rows * projections, in)
-            low = (x @ down.t()).view(len(x), -1, len(pairs.ups))  # (t, rows, projections)
-            if product.others is not None:
-                low.masked_fill_(product.others, 0.0)
-            if len(pairs.ups) == 1:
-                rows.addmm_(low.squeeze(2), pairs.ups[0][product.ranks])
-                continue
-            for up, columns, part in zip(pairs.ups, pairs.columns, low.unbind(2), strict=True):
-                rows[:, columns].add_(part @ up[product.ranks])
-
-
-def _products(runs: Sequence[TokenRun], device: torch.device) -> Iterator[_Product]:
-    """Few products for many short runs, and one for each long run."""
-    short: list[TokenRun] = []
-    for run in runs:
-        if run.end - run.first <= FEW:
-            short.append(run)
-            continue
-        yield from _shared_products(short, device)
-        short = []
-        if run.ranks is not None:
-            yield _Product(slice(run.first, run.end), slice(run.ranks.start, run.ranks.stop), None)
-    yield from _shared_products(short, device)
-
-
-def _shared_products(runs: Sequence[TokenRun], device: torch.device) -> Iterator[_Product]:
-    """Products over neighbouring runs together: one for each stretch of rank rows that they use."""
-    used = sorted({(run.ranks.start, run.ranks.stop) for run in runs if run.ranks is not None})
-    if not used:
-        return
-    cuts = [index for index, (a, b) in enumerate(pairwise(used), 1) if b[0] - a[1] > GAP]
-    for begin, end in pairwise([0, *cuts, len(used)]):
-        stretch = slice(used[begin][0], used[end - 1][1])
-        others = _others(runs, stretch)
-        yield _Product(slice(runs[0].first, runs[-1].end), stretch, others.to(device) if others.any() else None)
-
-
-def _others(runs: Sequence[TokenRun], stretch: slice) -> Tensor:
-    """(tokens, rank rows of the stretch, 1) bool: True where a row is not of the token's adapter."""
-    first = runs[0].first
-    others = torch.ones(runs[-1].end - first, stretch.stop - stretch.start, 1, dtype=torch.bool)
-    for run in runs:
-        if run.ranks is not None:
-            low, high = run.ranks.start - stretch.start, run.ranks.stop - stretch.start
-            others[run.first - first : run.end - first, max(low, 0) : max(high, 0)] = False
-    return others
+            product.add(index, inputs[0], out)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from omnilmm.errors import ConfigError
+
+ResultT = TypeVar("ResultT")
 
 
 def pick_device(name: str) -> str:
@@ -29,6 +34,18 @@ def use_threads(num_threads: int) -> int:
     chosen = num_threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(chosen)
     return chosen
+
+
+def apart(work: Callable[[], ResultT]) -> ResultT:
+    """Do work that computes (loading, filling a pool with zeros) in a thread that ends with it, and wait for that.
+
+    Every thread that has ever computed in parallel keeps OpenMP helpers of its own. As soon as a process has more of
+    all of these than cores, GNU's OpenMP lets a helper that waits sleep at once instead of spin for a moment, and a
+    decode step, which is hundreds of short parallel loops, takes twice as long. So one thread computes (the engine's,
+    or the encoder's), and whatever else has to be computed is done here.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="apart") as pool:
+        return pool.submit(work).result()
 
 
 def pin_threads() -> bool:

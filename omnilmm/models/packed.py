@@ -18,6 +18,7 @@ from omnilmm.errors import ConfigError
 from omnilmm.models.attention import Attend
 from omnilmm.models.config import ModelConfig
 from omnilmm.models.decoder import DecoderLayer, LanguageModel
+from omnilmm.models.device import apart
 from omnilmm.models.layers import rms_norm
 from omnilmm.models.positions import rotate
 from omnilmm.models.weights import Progress, load_language_model
@@ -110,8 +111,12 @@ def load_for_decoding(
         CheckpointError: the weights are not those of `config`.
         ConfigError: `dtype` is unknown, or the device does not have the `weight_dtype`.
     """
-    model = load_language_model(folder, config, dtype=dtype, device=device, progress=progress)
-    return prepare_for_decoding(model, weight_dtype=weight_dtype)
+
+    def load() -> LanguageModel:
+        model = load_language_model(folder, config, dtype=dtype, device=device, progress=progress)
+        return prepare_for_decoding(model, weight_dtype=weight_dtype)
+
+    return apart(load)
 
 
 @torch.no_grad()

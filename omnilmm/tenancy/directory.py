@@ -20,6 +20,7 @@ from sqlalchemy.exc import IntegrityError
 
 from omnilmm.database import Database, tables
 from omnilmm.errors import InvalidRequest, NotFound
+from omnilmm.tenancy.access import is_within
 from omnilmm.tenancy.keys import KeyRecord, Roster, new_key
 from omnilmm.tenancy.profile import TenantProfile, check_models, check_name, check_seconds
 
@@ -200,7 +201,7 @@ class Directory:
         narrowed = check_models(models)
         with self._changing() as connection:
             profile = _profile(self._live(connection, name))
-            if narrowed is not None and profile.models is not None and not set(narrowed) <= set(profile.models):
+            if narrowed is not None and not is_within(narrowed, profile.models):
                 raise InvalidRequest("A key cannot open models its tenant may not use.", param="models")
             return self._make_key(
                 connection, name, narrowed, None if lasts_s is None else check_seconds(lasts_s, "lasts_s")

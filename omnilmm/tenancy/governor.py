@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self
@@ -32,16 +32,29 @@ TEXT_BYTES_PER_TOKEN: Final = 3
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a request may take, known before it runs. `pixels` are those of its pictures, by their headers."""
+    """What a request may take, known before it runs.
+
+    `pixels` are those of its pictures, by their headers, `cache_bytes` those of their vectors, were all of them new.
+    """
 
     tokens: int = 0
     pixels: int = 0
+    cache_bytes: int = 0
 
     @classmethod
-    def of(cls, *, text_bytes: int, image_tokens: int, max_tokens: int, pixels: int = 0, num_answers: int = 1) -> Self:
+    def of(
+        cls,
+        *,
+        text_bytes: int,
+        image_tokens: int,
+        max_tokens: int,
+        pixels: int = 0,
+        num_answers: int = 1,
+        cache_bytes: int = 0,
+    ) -> Self:
         """From the length of the words in UTF-8, where counting tokens would cost more than it tells."""
         prompt = -(-text_bytes // TEXT_BYTES_PER_TOKEN) + image_tokens
-        return cls(prompt + max_tokens * num_answers, pixels)
+        return cls(prompt + max_tokens * num_answers, pixels, cache_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,35 +86,42 @@ class Permit:
     """A request that was let in. Close it when the request is over, however it ended; it is a context manager.
 
     Closed without `settle` or `refund` it costs what was reserved: a client that leaves before the last token has
-    still had the work done. An OmniError that leaves the `with` block refunds.
+    still had the work done. An OmniError that leaves the `with` block refunds. What the request put into the cache lies
+    there however it ended: tell it to `note_kept`.
 
     Attributes:
         headers: x-ratelimit-* for the response.
-        may_cache: whether the tenant has room for more picture vectors in the cache.
+        may_cache: whether the vectors of the request's pictures may be kept; room for them is reserved.
     """
 
     def __init__(self, governor: Governor, tenant: str, books: Books | None = None) -> None:
         self._governor = governor
-        self._taken: Mapping[str, float] | None = None
+        self._taken: dict[str, float] = {}
+        self._is_settled = False
         self._is_open = True
         self.tenant: Final = tenant
         self.books: Final = books
-        standings = books.standings if books is not None else ()
-        self.headers = rate_limit_headers(standings)
-        self.may_cache = all(s.level < s.room for s in standings if s.bucket == CACHE)
+        self.headers = rate_limit_headers(books.standings if books is not None else ())
+        self.may_cache = books is None or CACHE not in books.decision.denied
 
-    def settle(self, usage: Usage, *, cached_bytes: int = 0) -> None:
-        """The truth about the whole request. `cached_bytes` are those of the vectors it put into the cache."""
-        taken = {TOKENS: usage.prompt_tokens + usage.completion_tokens, CACHE: cached_bytes}
+    def settle(self, usage: Usage) -> None:
+        """The truth about the whole request."""
+        self._is_settled = True
+        self._taken[TOKENS] = usage.prompt_tokens + usage.completion_tokens
         sizes = [(image.width, image.height) for image in usage.images]
         known = [width * height for width, height in sizes if width is not None and height is not None]
         if len(known) == len(sizes):
-            taken[PIXELS] = sum(known)
-        self._taken = taken
+            self._taken[PIXELS] = sum(known)
+        self.note_kept(usage.kept_bytes)
 
     def refund(self) -> None:
-        """Nothing was generated: only the request itself counts."""
-        self._taken = {TOKENS: 0, PIXELS: 0, CACHE: 0}
+        """Nothing was generated: only the request itself counts, and what it put into the cache."""
+        self._is_settled = True
+        self._taken = {TOKENS: 0, PIXELS: 0, CACHE: self._taken.get(CACHE, 0)}
+
+    def note_kept(self, num_bytes: int) -> None:
+        """How many bytes of picture vectors the request has put into the cache."""
+        self._taken[CACHE] = num_bytes
 
     def close(self) -> None:
         """The request is over. Returns at once; the books are written behind the caller's back."""
@@ -116,17 +136,20 @@ class Permit:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, OmniError) and self._taken is None:
+        if isinstance(error, OmniError) and not self._is_settled:
             self.refund()
         self.close()
 
     def _corrections(self) -> list[Correction]:
-        taken = self._taken or {}
-        return [
-            Correction(demand.bucket, demand.limit, demand.window_s, demand.cost - taken[demand.bucket])
-            for demand in (self.books.demands if self.books is not None else ())
-            if demand.bucket in taken and taken[demand.bucket] != demand.cost
-        ]
+        if self.books is None:
+            return []
+        corrections = []
+        for demand in self.books.demands:
+            poured = 0.0 if demand.bucket in self.books.decision.denied else demand.cost
+            surplus = poured - self._taken.get(demand.bucket, poured)
+            if surplus:
+                corrections.append(Correction(demand.bucket, demand.limit, demand.window_s, surplus))
+        return corrections
 
 
 class Governor:
@@ -256,10 +279,10 @@ def _demands(tenant: Tenant, estimate: Estimate, cache_ttl_s: float) -> list[Dem
         (REQUESTS, limits.requests_per_min, MINUTE_S, 1),
         (TOKENS, limits.tokens_per_min, MINUTE_S, estimate.tokens),
         (PIXELS, limits.image_pixels_per_min, MINUTE_S, estimate.pixels),
-        (CACHE, cache_bytes, cache_ttl_s, 0),
+        (CACHE, cache_bytes, cache_ttl_s, estimate.cache_bytes),
     )
     return [
-        Demand(bucket, float(limit), window_s, float(cost))
+        Demand(bucket, float(limit), window_s, float(cost), is_wish=bucket == CACHE)
         for bucket, limit, window_s, cost in asked
         if limit is not None
     ]

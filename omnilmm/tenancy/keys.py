@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from omnilmm.errors import ConfigError, Forbidden, NotFound, Overloaded, Unauthorized
+from omnilmm.tenancy.access import is_entry, narrowed
+from omnilmm.tenancy.presence import Presence, Visit
 from omnilmm.tenancy.tenant import Tenant
 
 __all__ = ["AdminKeys", "KeyBook", "KeyRecord", "Roster", "Tenant", "digest_of", "is_loopback", "new_key"]
@@ -32,7 +34,7 @@ class KeyRecord:
     """A key as we remember it.
 
     `digest` is the lower-case hex SHA-256 of the key. `models` None means all the tenant may use; a list can only
-    narrow that. `expires_at` is a Unix time in seconds.
+    narrow that (see `tenancy.access`). `expires_at` is a Unix time in seconds.
     """
 
     digest: str
@@ -76,7 +78,8 @@ class _Entry:
 class KeyBook:
     """Finds the tenant behind a request: keys of the configuration, and those of a directory that changes.
 
-    A tenant that the directory knows is as the directory says, also behind a key of the configuration.
+    A tenant that the directory knows is as the directory says, also behind a key of the configuration. Requests under
+    way are its visits: they end when their key or their tenant is revoked.
 
     Args:
         records: the keys of the configuration.
@@ -85,7 +88,7 @@ class KeyBook:
         clock: monotonic seconds, for the age of what the directory said.
 
     Raises:
-        ConfigError: a digest is not 64 hex digits, or appears twice.
+        ConfigError: a digest is not 64 hex digits, or appears twice; a list of models is none.
     """
 
     def __init__(
@@ -102,6 +105,9 @@ class KeyBook:
         self._clock = clock
         self._seen_at = clock()
         self._entries: dict[str, _Entry] = {}
+        self.presence: Final = Presence()
+        for record in self._fixed:
+            _check_models(record)
         self.learn(Roster())
 
     @property
@@ -125,7 +131,11 @@ class KeyBook:
         return known[name]
 
     def learn(self, roster: Roster) -> None:
-        """Believe what the directory says now. Requests under way keep the tenant they came with."""
+        """Believe what the directory says now.
+
+        Requests under way keep the tenant they came with, but those of revoked keys and tenants end. Call it on the
+        event loop that answers them.
+        """
         entries: dict[str, _Entry] = {}
         for record in roster.keys:
             entries[record.digest] = _entry(record, record.tenant, from_directory=True)
@@ -139,11 +149,33 @@ class KeyBook:
                 entries.pop(digest, None)
                 continue
             tenant = roster.tenants.get(record.tenant.name)
-            narrowed = (
-                record if tenant is None else replace(record, models=_narrow(record.models, record.tenant.models))
-            )
-            entries[digest] = _entry(narrowed, tenant or record.tenant, from_directory=False)
+            seen = record if tenant is None else replace(record, models=narrowed(record.models, record.tenant.models))
+            entries[digest] = _entry(seen, tenant or record.tenant, from_directory=False)
         self._roster, self._entries, self._seen_at = roster, entries, self._clock()
+        self._ids = frozenset(entry.tenant.key_id for entry in entries.values())
+        self.presence.show_out(self.is_revoked)
+
+    @property
+    def revoked(self) -> frozenset[str]:
+        """Names of tenants that were shut out for good."""
+        return self._roster.revoked
+
+    def is_revoked(self, tenant: Tenant) -> bool:
+        """Whether a tenant as `authenticate` or `tenant` once gave it was revoked since, or the key it came with was.
+
+        Keys that merely expired are not: what began with them may end.
+        """
+        return tenant.name in self._roster.revoked or (bool(tenant.key_id) and tenant.key_id not in self._ids)
+
+    def visit(self, tenant: Tenant) -> Visit:
+        """For a request of this tenant: whatever is done inside ends with Unauthorized when it is revoked.
+
+        To enter it raises Unauthorized if it is revoked already.
+        """
+        visit = Visit(self.presence, tenant)
+        if self.is_revoked(tenant):
+            visit.end()
+        return visit
 
     def confirm(self) -> None:
         """The directory was asked and has not changed."""
@@ -240,14 +272,14 @@ def _checked_digest(record: KeyRecord) -> str:
 def _entry(record: KeyRecord, tenant: Tenant, *, from_directory: bool) -> _Entry:
     seen = replace(
         tenant,
-        models=_narrow(tenant.models, record.models),
+        models=narrowed(tenant.models, record.models),
         # a key of the configuration has no name; a piece of its digest gives nothing away
         key_id=record.id or record.digest.lower()[:_KEY_ID_CHARS],
     )
     return _Entry(seen, record.expires_at, from_directory)
 
 
-def _narrow(first: frozenset[str] | None, second: frozenset[str] | None) -> frozenset[str] | None:
-    if first is None or second is None:
-        return second if first is None else first
-    return first & second
+def _check_models(record: KeyRecord) -> None:
+    for entry in (*(record.models or ()), *(record.tenant.models or ())):
+        if not is_entry(entry):
+            raise ConfigError(f"a model of tenant {record.tenant.name!r} is neither MODEL, MODEL:ADAPTER nor MODEL:*")

@@ -10,6 +10,9 @@ What an answer takes is known only at its end, so tokens are reserved and correc
 given back less what has drained of it meanwhile: the level afterwards is never below what it would be had the truth
 been known from the start.
 
+A request can also have a wish: something it would like and can do without, such as keeping what it makes in the cache.
+A wish that does not fit is not poured in, and refuses nobody.
+
 This file is the rule in plain Python, and the books of one process. `shared_limits` is the same rule inside Redis.
 """
 
@@ -26,12 +29,16 @@ MINUTE_S: Final = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What a request asks of one bucket. With `cost` 0 it asks nothing, and is told the level."""
+    """What a request asks of one bucket. With `cost` 0 it asks nothing, and is told the level.
+
+    `is_wish`: it can do without. A wish of unknown size (0) fits while there is any room.
+    """
 
     bucket: str
     limit: float
     window_s: float
     cost: float = 0.0
+    is_wish: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +56,14 @@ class Decision:
     """The answer to a request.
 
     `levels` are by bucket, after pouring if it was admitted. `is_crowded`: too many of the tenant's requests run.
-    `at` is the time by the clock of whoever decided, in seconds.
+    `at` is the time by the clock of whoever decided, in seconds. `denied` are the buckets of wishes that did not fit.
     """
 
     admitted: bool
     is_crowded: bool
     levels: Mapping[str, float]
     at: float
+    denied: frozenset[str] = frozenset()
 
 
 def drained(level: float, elapsed_s: float, limit: float, window_s: float) -> float:
@@ -69,6 +77,9 @@ def refund(surplus: float, elapsed_s: float, limit: float, window_s: float) -> f
 
 
 def fits(level: float, demand: Demand) -> bool:
+    """Whether a level leaves room for it."""
+    if demand.is_wish:
+        return level < demand.limit and level + demand.cost <= demand.limit
     return demand.cost <= 0 or level + demand.cost <= demand.limit
 
 
@@ -86,7 +97,7 @@ class LocalLimits:
         """Let the request in, or not. With `share` below 1, only that part of each limit is ours to give.
 
         A share can be smaller than one honest request. Such a request is let in when its bucket is empty, and the
-        bucket then overflows and takes longer to drain: the rate is kept, the burst is one request.
+        bucket then overflows and takes longer to drain: the rate is kept, the burst is one request. A wish is not.
         """
         now = self._clock.monotonic()
         running = self._running.get(tenant, set())
@@ -96,14 +107,16 @@ class LocalLimits:
         admitted = not is_crowded and all(
             fits(levels[ours.bucket], ours) or (levels[ours.bucket] <= 0 and ours.cost <= whole.limit)
             for ours, whole in zip(shares, demands, strict=True)
+            if not ours.is_wish
         )
+        denied = frozenset(wish.bucket for wish in shares if wish.is_wish and not fits(levels[wish.bucket], wish))
         if admitted:
             for demand in demands:
-                if demand.cost > 0:
+                if demand.cost > 0 and demand.bucket not in denied:
                     levels[demand.bucket] += demand.cost
                     self._buckets[tenant, demand.bucket] = (levels[demand.bucket], now)
             self._running.setdefault(tenant, set()).add(permit)
-        return Decision(admitted, is_crowded, levels, now)
+        return Decision(admitted, is_crowded, levels, now, denied)
 
     def settle(
         self, tenant: str, permit: str, admitted_at: float, corrections: Sequence[Correction], *, share: float = 1.0

@@ -9,10 +9,10 @@ from typing import Any, Final
 
 from omnilmm.errors import InvalidRequest
 from omnilmm.messages import Priority
+from omnilmm.tenancy.access import is_entry
 from omnilmm.tenancy.tenant import Tenant, TenantLimits
 
 _NAME: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_MODEL: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 _MAX_MODELS: Final = 256
 _MAX_LIMIT: Final = 2**50
 _MAX_WEIGHT: Final = 1000
@@ -63,9 +63,6 @@ class TenantProfile:
         for name in changes:
             if name not in known:
                 raise InvalidRequest(f"'{name[:64]}' cannot be set.", param=name[:64], code="unknown_parameter")
-        if changes.get("cache_bytes") is not None:
-            # the books for it are kept, but the pools do not yet ask them before they store a picture's vectors
-            raise InvalidRequest("'cache_bytes' is not enforced yet.", param="cache_bytes", code="unsupported_value")
         merged = {**self.document(), **changes}
         return TenantProfile(
             name=self.name,
@@ -85,11 +82,13 @@ def check_name(value: object, param: str) -> str:
 
 
 def check_models(value: object) -> tuple[str, ...] | None:
-    """A list of model names without repetition, or None for every model. Raises InvalidRequest."""
+    """A list as `tenancy.access` reads it, sorted, each entry once; None for every model. Raises InvalidRequest."""
     if value is None:
         return None
-    if not isinstance(value, list | tuple) or not all(isinstance(m, str) and _MODEL.fullmatch(m) for m in value):
-        raise InvalidRequest("'models' must be null or an array of model names.", param="models")
+    if not isinstance(value, list | tuple) or not all(isinstance(entry, str) and is_entry(entry) for entry in value):
+        raise InvalidRequest(
+            "'models' must be null or an array of names: MODEL, MODEL:ADAPTER or MODEL:*.", param="models"
+        )
     if len(value) > _MAX_MODELS:
         raise InvalidRequest(f"'models' has more than {_MAX_MODELS} names.", param="models")
     return tuple(sorted(set(value)))

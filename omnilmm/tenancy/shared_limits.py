@@ -72,27 +72,33 @@ end
 ADMIT: Final = Script(
     _NOW
     + """
--- permit, lease, most running (-1: any number), then bucket, limit, window, cost for each demand; times in microseconds
+-- permit, lease, most running (-1: any number), then bucket, limit, window, cost, is it a wish (1 or 0) for each demand
+-- times in microseconds
 local permit, lease, most = ARGV[1], tonumber(ARGV[2]), tonumber(ARGV[3])
 redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', text(now))
 redis.call('ZREMRANGEBYSCORE', KEYS[2], '(' .. text(now + lease), '+inf')
 local crowded = most >= 0 and redis.call('ZCARD', KEYS[2]) >= most
 local admitted = not crowded
-local levels = {}
-for i = 4, #ARGV, 4 do
+local levels, denied = {}, {}
+for i = 4, #ARGV, 5 do
   local limit, cost = tonumber(ARGV[i + 1]), tonumber(ARGV[i + 3])
   local level = level_of(ARGV[i], limit, tonumber(ARGV[i + 2]))
-  if cost > 0 and level + cost > limit then admitted = false end
+  if ARGV[i + 4] == '1' then
+    denied[i] = level >= limit or level + cost > limit
+  elseif cost > 0 and level + cost > limit then
+    admitted = false
+  end
   levels[i] = level
 end
 local reply = {admitted and 1 or 0, crowded and 1 or 0, text(now)}
-for i = 4, #ARGV, 4 do
+for i = 4, #ARGV, 5 do
   local limit, window, cost = tonumber(ARGV[i + 1]), tonumber(ARGV[i + 2]), tonumber(ARGV[i + 3])
-  if admitted and cost > 0 then
+  if admitted and cost > 0 and not denied[i] then
     levels[i] = levels[i] + cost
     pour(ARGV[i], levels[i], limit, window)
   end
   reply[#reply + 1] = text(levels[i])
+  reply[#reply + 1] = denied[i] and 1 or 0
 end
 if admitted then
   keep()
@@ -159,13 +165,16 @@ class SharedLimits:
         args = [permit, self._lease, most]
         for demand in demands:
             args += [demand.bucket, repr(float(demand.limit)), _micros(demand.window_s), repr(float(demand.cost))]
+            args.append(str(int(demand.is_wish)))
         reply = await self._scripts.run(ADMIT, self._keys(tenant), args)
         if reply is None:
             return None
         try:
-            admitted, is_crowded, at, *levels = reply
-            told = {demand.bucket: float(level) for demand, level in zip(demands, levels, strict=True)}
-            return Decision(admitted == 1, is_crowded == 1, told, float(at) / 1e6)
+            admitted, is_crowded, at, *told = reply
+            buckets = [demand.bucket for demand in demands]
+            levels = {bucket: float(level) for bucket, level in zip(buckets, told[::2], strict=True)}
+            denied = frozenset(bucket for bucket, flag in zip(buckets, told[1::2], strict=True) if flag == 1)
+            return Decision(admitted == 1, is_crowded == 1, levels, float(at) / 1e6, denied)
         except (TypeError, ValueError):
             return None  # not the reply of our script
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from omnilmm.errors import NotFound
 from omnilmm.messages import Priority
+from omnilmm.tenancy.access import opens
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +16,7 @@ class TenantLimits:
 
     `requests_per_min`, `tokens_per_min` (prompt and answer together) and `image_pixels_per_min` (of the pictures as
     sent) are rates with a burst of one minute. `cache_bytes` are the picture vectors the tenant may have in the
-    cache: over it, pictures are still answered but no longer kept.
+    cache: beyond it, pictures are still answered but not kept.
     """
 
     requests_per_min: int | None = None
@@ -29,9 +30,10 @@ class TenantLimits:
 class Tenant:
     """A customer, seen through one of its keys.
 
-    `scope` separates its cache entries: tenants of one scope can find each other's. `models` None means every model;
-    what the key itself narrows is already left out. `weight` is its share when tenants compete, `priority` the class
-    its requests wait in. `key_id` names the key, for receipts; it is no secret.
+    `scope` separates its cache entries: tenants of one scope can find each other's. `models` is a list as
+    `tenancy.access` reads it, None means every model; what the key itself narrows is already left out. `weight` is its
+    share when tenants compete, `priority` the class its requests wait in. `key_id` names the key, for receipts; it is
+    no secret.
     """
 
     name: str
@@ -43,7 +45,7 @@ class Tenant:
     key_id: str = ""
 
     def may_use(self, model: str) -> bool:
-        return self.models is None or model in self.models
+        return self.models is None or opens(self.models, model)
 
     def check_model(self, model: str, served: Iterable[str]) -> None:
         """Raises NotFound, worded the same whether the model does not exist or is not this tenant's."""

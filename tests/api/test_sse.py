@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given, settings
+from fuzzing import FUZZ
+from hypothesis import given
 from hypothesis import strategies as st
 
 from omnilmm.api.completion_responses import CompletionRendering
@@ -15,10 +16,6 @@ from omnilmm.api.responses import Heading
 from omnilmm.api.sse import DONE, DONE_DATA, Event, EventReader, encode_error, encode_event
 from omnilmm.errors import NotFound, OmniError, Overloaded
 from omnilmm.messages import Delta, FinishReason, Usage
-
-IS_THOROUGH = settings.get_current_profile_name() == "thorough"
-FUZZ = settings(max_examples=100_000 if IS_THOROUGH else 300, deadline=None, derandomize=not IS_THOROUGH, database=None)
-"""A few examples, always the same; 100,000 random ones with --hypothesis-profile=thorough."""
 
 
 def read(stream: bytes, size: int | None = None) -> list[Event]:

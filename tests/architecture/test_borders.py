@@ -28,8 +28,13 @@ BORDERS = (
         (
             *MODELS,
             "omnilmm/encoder/encode.py",
+            "omnilmm/encoder/graphs.py",
+            "omnilmm/engine/held.py",
             "omnilmm/engine/kv.py",
             "omnilmm/engine/batch.py",
+            "omnilmm/engine/paged.py",
+            "omnilmm/engine/graphs.py",
+            "omnilmm/engine/backend.py",
             "omnilmm/engine/sampling.py",
             "omnilmm/engine/runner.py",
             "cluster/",
@@ -65,7 +70,13 @@ BORDERS = (
             "fastapi.concurrency",
             "?.run_in_executor",
         ),
-        ("omnilmm/encoder/loop.py", "omnilmm/engine/loop.py", "omnilmm/image/", "deployments/database.py"),
+        (
+            "omnilmm/encoder/loop.py",
+            "omnilmm/engine/loop.py",
+            "omnilmm/image/",
+            "omnilmm/models/device.py",
+            "deployments/database.py",
+        ),
         words=("threading.Event",),  # what a signal handler sets and the main thread waits for
     ),
     Border(

@@ -38,7 +38,7 @@ class Echo:
         if model not in self.models:
             raise NotFound("The model does not exist.", param="model", code="model_not_found")
 
-    async def answer(self, endpoint, body, *, tenant, request_id):
+    async def answer(self, endpoint, body, *, tenant, request_id, batch_id):
         text = body["messages"][-1]["content"]
         if not isinstance(text, str):
             text = text[-1]["text"]

@@ -77,9 +77,9 @@ class Noting(Echo):
         await asyncio.sleep(0)
         self._fate.step()
 
-    async def answer(self, endpoint, body, *, tenant, request_id):
+    async def answer(self, endpoint, body, *, tenant, request_id, batch_id):
         self._write(self._note, body["messages"][-1]["content"].encode() + b"\n")
-        return await super().answer(endpoint, body, tenant=tenant, request_id=request_id)
+        return await super().answer(endpoint, body, tenant=tenant, request_id=request_id, batch_id=batch_id)
 
 
 def hook_transactions(fate: Fate) -> None:

@@ -6,8 +6,10 @@ import json
 
 import pytest
 
-from omnilmm.batch.offline import Progress, answer_rows, write_output
-from omnilmm.batch.sources import Asking, fill, fingerprint, is_openai, read_rows
+from omnilmm.batch import sources
+from omnilmm.batch.locations import locate
+from omnilmm.batch.offline import Progress, answer_rows, progress_folder, write_output
+from omnilmm.batch.sources import Asking, fill
 from omnilmm.errors import ConfigError, ContextLengthExceeded, InvalidRequest
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -16,6 +18,18 @@ from pyarrow import parquet  # noqa: E402
 ASKING = Asking("m", "What is {image}?")
 PICTURE = b"\x89PNG not really"
 URL = "data:image/png;base64," + base64.b64encode(PICTURE).decode()
+
+
+def read_rows(path, asking):
+    return sources.read_rows(locate(path), asking)
+
+
+def is_openai(path):
+    return sources.is_openai(locate(path))
+
+
+def fingerprint(path, rows, wanted):
+    return sources.fingerprint(locate(path), rows, wanted)
 
 
 @pytest.fixture
@@ -144,7 +158,8 @@ class Caption:
 
 
 def run(rows, output, ask, print_="f", *, is_table=True):
-    progress = Progress(output, print_)
+    output = locate(output)
+    progress = Progress(progress_folder(output), print_)
     try:
         asyncio.run(answer_rows(rows, ask, progress, max_running=2, tell=lambda done: None))
     except BaseException:

@@ -25,6 +25,8 @@ import yaml
 from bench_servers import Server
 from multiturn import free_port
 
+from cluster.local import RAY_ENVIRONMENT
+
 TINY = Path(__file__).parents[1] / "data" / "minicpm-v-tiny"
 NUM_CHATS, NUM_TURNS, NUM_TOKENS = 60, 5, 24
 POWER_OF_TWO = "ray.serve._private.request_router.pow_2_router:PowerOfTwoChoicesRequestRouter"
@@ -79,7 +81,8 @@ def start(options: argparse.Namespace, num_replicas: int, router: str, folder: s
     config.write_text(yaml.safe_dump({"applications": [application]}), encoding="utf-8")
     command = [sys.executable, "-c", START.format(router=router), "serve", "--config", str(config)]
     command += ["--port", str(port)]
-    return Server(command, port=port, ready_path="/ready", log=Path(folder) / "log", env={}, key=None)
+    # Ray reads its environment when it is imported, which START does before the command could set it
+    return Server(command, port=port, ready_path="/ready", log=Path(folder) / "log", env=RAY_ENVIRONMENT, key=None)
 
 
 def hold_chat(server: Server, num_turns: int) -> list[Asked]:

@@ -27,7 +27,9 @@ from pathlib import Path
 import torch
 from bench_prompts import BenchPrompt, PromptMaker
 
-from cluster.batch import QUEUE_RATIO, LocalService, Tally
+from cluster.batch import QUEUE_RATIO
+from cluster.batch_service import LocalService, Tally
+from omnilmm.batch.locations import OnDisk
 from omnilmm.batch.offline import Progress, answer_rows, write_output
 from omnilmm.batch.sources import Asking, read_rows
 from omnilmm.config import EngineConfig
@@ -70,10 +72,10 @@ class Bench:
         source, output = self._write_lines(scratch, self._args.lines), scratch / "out.jsonl"
         service = LocalService.over(self._pipeline, MODEL)
         begun = time.perf_counter()
-        rows = read_rows(source, Asking(MODEL))
-        progress, tally = Progress(output, "bench"), Tally()
+        rows = read_rows(OnDisk(source), Asking(MODEL))
+        progress, tally = Progress(scratch / "out.jsonl.progress", "bench"), Tally()
         await answer_rows(rows, service.ask, progress, max_running=self._max_running, tell=tally.add)
-        write_output(output, rows, progress, is_table=False)
+        write_output(OnDisk(output), rows, progress, is_table=False)
         seconds = time.perf_counter() - begun
         progress.remove()
         output.unlink()
@@ -82,7 +84,7 @@ class Bench:
         return tally.completion_tokens / seconds
 
     async def naive(self, scratch: Path) -> float:
-        rows = read_rows(self._write_lines(scratch, self._args.naive_lines), Asking(MODEL))
+        rows = read_rows(OnDisk(self._write_lines(scratch, self._args.naive_lines)), Asking(MODEL))
         service = LocalService.over(self._pipeline, MODEL)
         begun = time.perf_counter()
         num_tokens = 0

@@ -122,7 +122,8 @@ def omnilmm_server(checkpoint: Path, dtype: str, scratch: Path) -> Server:
     models = [{"name": MODEL, "path": str(checkpoint), "dtype": dtype}]
     keys = [{"tenant": "bench", "sha256": digest}]
     config = scratch / "serve_config.yaml"
-    application = {"name": "omnilmm", "args": {"models": models, "keys": keys, "cache": {"redis": "none"}}}
+    args = {"models": models, "keys": keys, "cache": {"redis": "none"}}
+    application = {"name": "omnilmm", "import_path": "deployments.app:build", "args": args}
     config.write_text(yaml.safe_dump({"applications": [application]}))
     command = [sys.executable, "-m", "cluster.cli", "serve", "--config", str(config), "--port", str(port)]
     return Server(command, port=port, ready_path="/ready", log=scratch / "omnilmm.log", env={}, key=key)

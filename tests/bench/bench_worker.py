@@ -37,7 +37,7 @@ class EngineSystem:
         model = load_for_decoding(folder, config, dtype=dtype, weight_dtype=weight_dtype)
         engine = EngineConfig()
         room = min(config.max_context, engine.num_blocks * engine.block_size)
-        self._loop = start_engine(model, engine.resolve(max_context=room), Silent())
+        self._loop = start_engine(model, engine.resolve(max_context=room), Silent(), owns_cores=True)
         self._num_tokens = num_tokens
         self._maker = PromptMaker(folder, num_tokens=0)
         self._event_loop = asyncio.new_event_loop()

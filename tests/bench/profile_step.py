@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from omnilmm.models.packed import prepare_for_decoding
 from omnilmm.models.weights import load_language_model
 
 NUM_STEPS = 20
+MAX_BLOCKS = 60
 KINDS: Mapping[str, tuple[str, ...]] = {
     "matrix products of the weights": ("mkldnn::_linear_pointwise", "aten::_weight_int8pack", "aten::mm"),
     "attention": ("aten::_scaled_dot_product", "aten::bmm", "aten::_softmax", "aten::baddbmm"),
@@ -43,7 +44,7 @@ def decode_plan(num_sequences: int, context: int, block_size: int) -> Plan:
             sequence_id=index,
             ids=(1000 + index,),
             start=context - 1,
-            block_ids=tuple(range(index * num_blocks, (index + 1) * num_blocks)),
+            block_ids=tuple(range(index * MAX_BLOCKS, index * MAX_BLOCKS + num_blocks)),
             draw=Draw(Sampling(max_tokens=64), position=5),
         )
         for index in range(num_sequences)
@@ -51,21 +52,23 @@ def decode_plan(num_sequences: int, context: int, block_size: int) -> Plan:
     return Plan(tuple(rows))
 
 
-def step_seconds(runner: ModelRunner, plan: Plan) -> float:
+def step_seconds(runner: ModelRunner, plans: Sequence[Plan]) -> float:
     """Median CPU time of a step."""
     seconds = []
-    for _ in range(NUM_STEPS + 5):
+    for plan in plans:
         begun = time.process_time()
         runner.run(plan)
         seconds.append(time.process_time() - begun)
     return statistics.median(seconds[5:])
 
 
-def print_profile(runner: ModelRunner, plan: Plan, num_rows: int) -> None:
-    seconds = step_seconds(runner, plan)
+def print_profile(runner: ModelRunner, num_sequences: int, context: int, block_size: int, num_rows: int) -> None:
+    plans = [decode_plan(num_sequences, context + step, block_size) for step in range(2 * NUM_STEPS + 5)]
+    plan = plans[NUM_STEPS + 5]
+    seconds = step_seconds(runner, plans[: NUM_STEPS + 5])
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        for _ in range(NUM_STEPS):
-            runner.run(plan)
+        for later in plans[NUM_STEPS + 5 :]:
+            runner.run(later)
     events = sorted(profiler.key_averages(), key=lambda event: -event.self_cpu_time_total)
     total = sum(event.self_cpu_time_total for event in events)
     print(f"\n{len(plan.rows)} sequences, context {plan.rows[0].end}: {1e3 * seconds:.1f} ms of CPU time a step\n")
@@ -99,7 +102,7 @@ def main() -> None:
     weights = args.weight_dtype or args.dtype
     print(f"torch {torch.__version__}, {args.threads} threads, {args.dtype}, {weights} weights, {args.model.name}")
     for num_sequences in (1, 16):
-        print_profile(runner, decode_plan(num_sequences, args.context, engine.block_size), args.rows)
+        print_profile(runner, num_sequences, args.context, engine.block_size, args.rows)
 
 
 if __name__ == "__main__":

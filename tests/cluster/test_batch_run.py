@@ -22,7 +22,7 @@ def pictures(data, tmp_path):
 
 
 def run(*arguments):
-    result = CliRunner().invoke(batch, [str(argument) for argument in arguments])
+    result = CliRunner().invoke(batch, ["run", *(str(argument) for argument in arguments)])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result

@@ -39,6 +39,7 @@ from omnilmm.prompt.template import load_template
 from omnilmm.tenancy.governor import Governor
 from omnilmm.tenancy.idempotency import IdempotencyStore
 from omnilmm.tenancy.keys import AdminKeys, KeyBook
+from omnilmm.tenancy.places import Places
 from omnilmm.tenancy.usage import Receipt
 
 SECRET = b"a secret of thirty-two bytes.... "
@@ -51,10 +52,12 @@ class Encoder:
     def __init__(self) -> None:
         self.num_calls = 0
 
-    async def encode(self, picture: PreparedImage, *, key: str, by_value: bool, timeout_s: float) -> Encoded:
+    async def encode(
+        self, picture: PreparedImage, *, key: str, by_value: bool, timeout_s: float, keep: bool = True
+    ) -> Encoded:
         self.num_calls += 1
         embedding = Embedding("float32", (1, 1), hashlib.sha256(picture.square).digest()[:4])
-        return Encoded(embedding, stored=False, seconds=0.01)
+        return Encoded(embedding, stored=False, seconds=0.01, kept_bytes=len(embedding.data) if keep else 0)
 
 
 class Decoder:
@@ -186,6 +189,7 @@ def make_service(flows: dict[str, ChatFlow], **changes: Any) -> Service:
         "limits": limits,
         "images": ImageReader(limits),
         "governor": Governor(SystemClock()),
+        "places": Places(192),
         "ledger": Notes(),
         "metrics": MetricsPage("replica-1"),
         # what only the routes of files, batches and admins ask for; they have tests of their own

@@ -50,7 +50,7 @@ async def http(service):
 
 def limited(service: Service, **limits: int) -> Tenant:
     tenant = Tenant("acme", "acme", limits=TenantLimits(**limits), key_id="key-1")
-    service.keys = KeyBook([KeyRecord(DIGEST, tenant)])
+    service.keys = KeyBook([KeyRecord(DIGEST, tenant, id="key-1")])
     return tenant
 
 
@@ -299,7 +299,7 @@ async def test_every_answer_has_a_receipt(http, service):
         await http.post("/v1/chat/completions", json=CHAT | {"n": 2}, headers=MINE | {"x-request-id": "r1"})
     ).json()
     (receipt,) = service.ledger.receipts
-    assert (receipt.tenant, receipt.key_id, receipt.model, receipt.status) == ("acme", DIGEST[:16], "m", 200)
+    assert (receipt.tenant, receipt.key_id, receipt.model, receipt.status) == ("acme", "key-1", "m", 200)
     assert receipt.request_id == "r1"
     assert receipt.prompt_tokens == answer["usage"]["prompt_tokens"]
     assert receipt.completion_tokens == answer["usage"]["completion_tokens"] == 2 * (len(ANSWER) + 1)

@@ -15,6 +15,7 @@ def test_arguments_from_a_file_are_typed_and_make_an_application(data):
     router = application._bound_deployment
     settings, fingerprints, pools = router.init_args
     assert router.name == "router"
+    assert router._deployment_config.backpressure_config.retry_after_s == 1  # also where Serve refuses by itself
     assert settings.models[0].name == "omnilmm-12b-tiny"
     assert set(pools) == {"omnilmm-12b-tiny", "minicpm-v-tiny"}
     assert all(set(pool) == {"vision", "decoder"} for pool in pools.values())

@@ -10,7 +10,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "batch"))
 from batch_fakes import HandClock, jsonl, line, make_desk, results, submit
 
-from cluster.batch import LocalService
+from cluster.batch_service import LocalService
 from deployments.batch import BatchService, ServiceAnswerer, remove_expired
 from omnilmm.batch.job import WorkRules
 from omnilmm.batch.states import Status
@@ -47,9 +47,9 @@ async def test_a_batch_is_answered_by_the_service_itself(data, tmp_path):
         service = LocalService.over(pipeline, "m")
         real = pipeline.flow.answer
 
-        def answer(request):
+        def answer(request, **options):
             seen.append((request.priority, request.tenant))
-            return real(request)
+            return real(request, **options)
 
         service.flows = {"m": SimpleNamespace(card=pipeline.card, answer=answer)}
         good, bad = line("a", "How many?"), line("b", "Why?")

@@ -6,11 +6,13 @@ import asyncio
 from datetime import date
 
 import pytest
+import sqlalchemy as sql
 
 from deployments.records import Records, RosterWatch
 from omnilmm.database import Database
 from omnilmm.errors import ConfigError, Overloaded, Unauthorized
 from omnilmm.tenancy.directory import Directory
+from omnilmm.tenancy.idempotency import IdempotencyStore, SavedAnswer
 from omnilmm.tenancy.keys import MAX_STALE_S, KeyBook, Roster
 from omnilmm.tenancy.usage import Ledger, Receipt
 
@@ -124,3 +126,38 @@ async def test_a_router_does_not_start_on_a_database_it_cannot_use(tmp_path):
     (tmp_path / "x.db").write_bytes(b"not a database" * 100)
     with pytest.raises(Overloaded):
         await Records.open(f"sqlite:///{tmp_path}/x.db", KeyBook())
+
+
+async def test_old_claims_are_forgotten_again_and_again(url):
+    records = await Records.open(url, KeyBook())
+    rounds, failures = asyncio.Semaphore(0), [Overloaded("away"), ValueError("worse")]
+    loop = asyncio.get_running_loop()
+
+    def forget_old():
+        loop.call_soon_threadsafe(rounds.release)
+        if failures:
+            raise failures.pop()
+
+    records.idempotency.forget_old = forget_old
+    tidying = asyncio.create_task(records.tidy_forever(every_s=0.001))
+    async with asyncio.timeout(20):
+        for _ in range(4):
+            await rounds.acquire()
+    tidying.cancel()
+    await records.aclose()
+
+
+async def test_a_router_begins_by_forgetting_old_claims(url):
+    now = 1000.0
+    database = Database(url)
+    old = IdempotencyStore(database, wall=lambda: now)
+    old.finish(old.begin("acme", "POST /v1/files", "k", "f" * 64), SavedAnswer(200, b"{}"))
+    records = await Records.open(url, KeyBook())
+
+    def num_left():
+        with database.read() as connection:
+            return connection.scalar(sql.text("select count(*) from idempotency"))
+
+    await until(lambda: num_left() == 0)
+    await records.aclose()
+    database.close()

@@ -32,6 +32,11 @@ def test_the_checked_in_file_is_valid():
         {"models": [MODEL | {"dtype": "int3"}]},
         {"models": [MODEL | {"decoder": {"weight_dtype": "int3"}}]},
         {"models": [MODEL | {"device": "cuda", "decoder": {"weight_dtype": "int8"}}]},
+        {"models": [MODEL | {"decoder": {"attention": "flash"}}]},
+        {"models": [MODEL | {"device": "cpu", "decoder": {"attention": "paged"}}]},
+        {"models": [MODEL | {"device": "cpu", "decoder": {"cuda_graphs": True}}]},
+        {"models": [MODEL | {"device": "cpu", "vision": {"cuda_graphs": True}}]},
+        {"models": [MODEL | {"decoder": {"cuda_graphs": True, "attention": "gathered"}}]},
         {"models": [MODEL | {"name": "../x"}]},
         {"models": [MODEL | {"input_handling": "loose"}]},
         {"models": [MODEL | {"vision": {"autoscaling": {"min_replicas": 3, "max_replicas": 2}}}]},
@@ -53,6 +58,14 @@ def test_the_context_is_what_checkpoint_setting_and_cache_allow():
     assert context() == 4096
     assert context(max_context=1000) == 1000
     assert context(decoder={"num_blocks": 8, "block_size": 16}) == 128
+
+
+def test_settings_for_a_gpu_reach_the_engine_and_the_encoder():
+    pools = {"decoder": {"attention": "paged", "cuda_graphs": False}, "vision": {"cuda_graphs": True}}
+    (model,) = AppSettings.model_validate({"models": [MODEL | {"device": "cuda"} | pools]}).models
+    engine = model.decoder.engine_config(4096)
+    assert (engine.attention, engine.cuda_graphs) == ("paged", False)
+    assert model.vision.encoder_config().cuda_graphs is True
 
 
 def test_a_redis_of_one_s_own_needs_a_secret(monkeypatch):

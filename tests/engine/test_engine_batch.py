@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from engine_fakes import CONFIG, make_model
 from torch.testing import assert_close
 
 from omnilmm.engine import batch as module
-from omnilmm.engine.batch import GatheredAttend, build_batch
+from omnilmm.engine.batch import GatheredAttend, GatheredAttention, build_batch
+from omnilmm.engine.held import HeldDecodes, rounded
 from omnilmm.engine.kv import PagedKV
 from omnilmm.engine.plan import Draw, Row
 from omnilmm.messages import Sampling
@@ -17,8 +20,10 @@ SIZE = CONFIG.block_size
 DRAW = Draw(Sampling(1), 0)
 
 
-def make_kv(model=None) -> PagedKV:
-    return PagedKV(CONFIG, (model or make_model()).config, dtype=torch.float32, device=CPU)
+def make_kv(model=None, num_blocks: int = CONFIG.num_blocks) -> PagedKV:
+    return PagedKV(
+        replace(CONFIG, num_blocks=num_blocks), (model or make_model()).config, dtype=torch.float32, device=CPU
+    )
 
 
 def make_row(sequence_id: int, start: int, num_tokens: int, block_ids: tuple[int, ...]) -> Row:
@@ -94,7 +99,7 @@ def test_a_block_is_begun_once(start, num_tokens, begins):
 
 
 def test_widths_are_rounded_by_an_eighth_at_most():
-    widths = [module._rounded(n) for n in range(1, 1000)]
+    widths = [rounded(n) for n in range(1, 1000)]
     assert widths[:16] == list(range(1, 17))
     assert all(n <= width <= 1.125 * n for n, width in enumerate(widths, start=1))
     assert len(set(widths)) < 70
@@ -143,3 +148,60 @@ def test_a_block_that_is_begun_forgets_its_past_in_every_layer():
         for tensor in kv.blocks(layer):
             assert tensor.isnan().all(dim=(1, 2, 3)).tolist()[:5] == [True, False, True, False, True]
             assert not tensor[[1, 3]].any()
+
+
+def held_rows(ends: dict[int, int]) -> list[Row]:
+    """Rows of one token each, longest first, every sequence with blocks of its own."""
+    rows = [
+        make_row(index, end - 1, 1, tuple(range(index * 8, index * 8 - (-end // SIZE)))) for index, end in ends.items()
+    ]
+    return sorted(rows, key=lambda row: -row.end)
+
+
+def test_a_group_that_goes_on_reads_what_a_new_one_would(monkeypatch):
+    kv, gathered = make_kv(num_blocks=256), []
+    monkeypatch.setattr(PagedKV, "gather", lambda kv, *a, _gather=PagedKV.gather: (gathered.append(1), _gather(kv, *a)))
+    factory = GatheredAttention()
+    generator = torch.Generator().manual_seed(2)
+    steps = [
+        ({0: 5, 1: 3}, 1),
+        ({0: 6, 1: 4}, 0),
+        ({0: 7, 1: 5}, 0),  # 1 begins a block
+        ({0: 8, 1: 6, 2: 1}, 1),  # another one has come
+        ({0: 9, 1: 7, 2: 2}, 0),
+        ({0: 10, 2: 3}, 1),  # one has gone
+        ({0: 11, 2: 3}, 1),  # one stood still, as after an eviction
+    ]
+    for ends, expected in steps:
+        batch = build_batch(held_rows(ends), block_size=SIZE, device=CPU)
+        q = torch.randn(len(ends), 4, 8, generator=generator)
+        k, v = torch.randn(2, len(ends), 2, 8, generator=generator)
+        del gathered[:]
+        out = factory(batch, kv)(0, q, k, v)
+        assert len(gathered) == expected, ends
+        assert torch.equal(out, GatheredAttend(batch, kv)(0, q, k, v)), ends
+
+
+def test_a_group_that_outgrows_its_room_is_gathered_anew():
+    kv = make_kv(num_blocks=256)
+    held = HeldDecodes(kv)
+    (group,) = held.hold([held_rows({0: 1})])
+    assert group is not None
+    end = 1
+    while True:
+        end += 1
+        (later,) = held.hold([held_rows({0: end})])
+        if later is not group:
+            break
+    assert end == group.width + 1
+    assert later.width > group.width
+    assert later.newest is None
+
+
+def test_what_is_held_stays_within_a_quarter_of_the_pool():
+    kv = make_kv(num_blocks=256)
+    held = HeldDecodes(kv)
+    rows = [make_row(index, 4 * SIZE - 1, 1, (0, 1, 2, 3)) for index in range(9)]
+    for _ in range(2):
+        assert held.hold([rows]) == [None]
+    assert held.hold([rows[:8]])[0] is not None

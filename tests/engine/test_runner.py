@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 import torch
 from engine_fakes import CONFIG, HIDDEN, lone_run, make_call, make_driver, make_model, make_vectors
 
+from omnilmm.engine import runner as module
 from omnilmm.engine.plan import Plan
 from omnilmm.engine.runner import ModelRunner
 from omnilmm.errors import ConfigError, OmniError
@@ -123,3 +126,16 @@ def test_bfloat16_runs_and_batches_alike():
     assert all(len(answer.ids) == 4 for answer in together)
     # Near-ties may flip in bfloat16; the first token of each rests on nothing but its own prompt.
     assert [a.ids[0] for a in together] == [a.ids[0] for a in alone]
+
+
+def test_cores_are_owned_from_the_first_step_on(model, monkeypatch):
+    pinned = []
+    monkeypatch.setattr(module, "pin_threads", lambda: pinned.append(threading.get_ident()))
+    runner = ModelRunner(model, CONFIG, owns_cores=True)
+    assert not pinned
+    with ThreadPoolExecutor(1) as pool:
+        thread_id = pool.submit(lambda: (runner.run(Plan()), threading.get_ident())[1]).result()
+        pool.submit(runner.run, Plan()).result()
+    assert pinned == [thread_id]
+    ModelRunner(model, CONFIG).run(Plan())
+    assert pinned == [thread_id]

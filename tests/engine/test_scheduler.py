@@ -77,7 +77,9 @@ def test_batch_yields_its_seat_within_one_step():
     assert set(runner.last()) == {0, 1}
     driver.submit(make_call(4, seed=2))
     driver.step()
-    assert set(runner.last()) == {0, 2}  # the later of the two gave way
+    assert set(runner.last()) == {2}  # the later of the two gave way, and the other sits out
+    driver.step()
+    assert set(runner.last()) == {0, 2}
     driver.finish()
     assert all(len(answer.ids) == 8 for answer in driver.answers.values())
 
@@ -89,9 +91,58 @@ def test_batch_yields_its_blocks_within_one_step():
     driver.step()
     driver.submit(make_call(15, seed=2, max_tokens=2))
     driver.step()
+    assert set(runner.last()) == {2}
+    driver.step()
     assert set(runner.last()) == {0, 2}
     driver.finish()
     assert [len(driver.answers[n].ids) for n in range(3)] == [4, 4, 2]
+
+
+def test_a_batch_sits_out_while_an_online_prompt_is_read():
+    driver, runner = paper_driver(max_step_tokens=8)
+    driver.submit(make_call(4, max_tokens=20, **BATCH))
+    driver.step()
+    driver.submit(make_call(12, seed=1, max_tokens=3))
+    paid = []
+    for _ in range(4):
+        driver.step()
+        paid.append(runner.last())
+    assert paid == [{1: 8}, {1: 4}, {0: 1, 1: 1}, {0: 1, 1: 1}]
+    driver.finish()
+    assert len(driver.answers[0].ids) == 20
+
+
+def test_a_tenant_that_has_every_seat_gives_some_up():
+    driver, runner = paper_driver(max_sequences=8, max_waiting=64)
+    for seed in range(12):
+        driver.submit(make_call(4, seed=seed, max_tokens=20, tenant="greedy"))
+    driver.step()
+    assert set(runner.last()) == set(range(8))
+    for seed in range(6):
+        driver.submit(make_call(4, seed=20 + seed, max_tokens=20, tenant="late"))
+    seats = []
+    driver.step()  # served alike so far
+    for _ in range(5):
+        driver.step()
+        seats.append(sorted(runner.last()))
+    assert seats == [  # the newest went, one a step, until they have about as many
+        [0, 1, 2, 3, 4, 5, 6, 12],
+        [0, 1, 2, 3, 4, 5, 12, 13],
+        [0, 1, 2, 3, 4, 12, 13, 14],
+        [0, 1, 2, 3, 4, 12, 13, 14],
+        [0, 1, 2, 3, 4, 12, 13, 14],
+    ]
+    driver.finish()
+    assert driver.engine.stats().num_preemptions >= 3
+    assert all(len(answer.ids) == 20 for answer in driver.answers.values())
+
+
+def test_equal_tenants_take_no_seats_from_one_another():
+    driver, _ = paper_driver(max_sequences=4)
+    for seed in range(12):
+        driver.submit(make_call(4, seed=seed, max_tokens=5, tenant=f"t{seed % 4}"))
+    driver.finish()
+    assert driver.engine.stats().num_preemptions == 0
 
 
 def test_nobody_below_starts_while_online_waits_for_room():

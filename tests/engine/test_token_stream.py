@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from omnilmm.engine.stream import TokenStream
+from omnilmm.engine.stream import MAX_FLUSH_INTERVAL_S, TokenStream, flush_interval
 from omnilmm.errors import OmniError
 from omnilmm.messages import FinishReason, Prefill, TokenBatch, TokenLogprob
 
@@ -16,7 +16,7 @@ PREFILL = Prefill(5, 0, (), 0.0)
 @pytest.fixture
 async def stream() -> TokenStream:
     """A stream that never flushes by time: what it gives, it gives for another reason."""
-    return TokenStream(flush_interval_s=1e6, max_batch_tokens=4)
+    return TokenStream(flush_interval_s=lambda: 1e6, max_batch_tokens=4)
 
 
 def push(stream: TokenStream, *ids: int, finish: FinishReason | None = None) -> None:
@@ -51,7 +51,7 @@ async def test_later_batches_wait_until_they_are_full(stream):
 
 
 async def test_later_batches_wait_no_longer_than_the_interval():
-    stream = TokenStream(flush_interval_s=0.01, max_batch_tokens=1000)
+    stream = TokenStream(flush_interval_s=lambda: 0.01, max_batch_tokens=1000)
     push(stream, 1)
     await stream.take()
     push(stream, 2)
@@ -60,7 +60,7 @@ async def test_later_batches_wait_no_longer_than_the_interval():
 
 
 async def test_a_reader_slower_than_the_interval_never_waits():
-    stream = TokenStream(flush_interval_s=0.0, max_batch_tokens=1000)
+    stream = TokenStream(flush_interval_s=lambda: 0.0, max_batch_tokens=1000)
     for token_id in range(3):
         push(stream, token_id)
         assert (await stream.take()).ids == (token_id,)
@@ -106,3 +106,10 @@ async def test_an_end_after_the_end_changes_nothing(stream):
     stream.end(OmniError("late"))
     assert (await stream.take()).finish is FinishReason.LENGTH
     assert await stream.take() is None
+
+
+def test_in_company_a_stream_is_told_less_often_but_often_enough():
+    assert flush_interval(1, least_s=0.03) == 0.03
+    assert 0.03 < flush_interval(8, least_s=0.03) < flush_interval(12, least_s=0.03) < MAX_FLUSH_INTERVAL_S
+    assert flush_interval(1000, least_s=0.03) == MAX_FLUSH_INTERVAL_S
+    assert flush_interval(1000, least_s=0.5) == 0.5

@@ -6,16 +6,13 @@ import base64
 import tracemalloc
 
 import pytest
+from fuzzing import FUZZ
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omnilmm.config import ImageLimits
 from omnilmm.errors import ImageError, PayloadTooLarge
 from omnilmm.image.data_uri import read_data_uri
-
-IS_THOROUGH = settings.get_current_profile_name() == "thorough"
-FUZZ = settings(max_examples=100_000 if IS_THOROUGH else 300, deadline=None, derandomize=not IS_THOROUGH, database=None)
-"""A few examples, always the same; 100,000 random ones with --hypothesis-profile=thorough."""
 
 PARAM = "messages[0].content[1].image_url.url"
 FILE = bytes(range(256)) * 3 + b"\xff"  # its base64 has + and / and two = signs

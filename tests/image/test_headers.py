@@ -8,17 +8,14 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from fuzzing import FUZZ
+from hypothesis import given
 from hypothesis import strategies as st
 from picture_files import PNG_SIGNATURE, encode, exif_block, jpeg_segment, photo
 from PIL import Image
 
 from omnilmm.errors import ImageError
 from omnilmm.image.headers import picture_size, sniff
-
-IS_THOROUGH = settings.get_current_profile_name() == "thorough"
-FUZZ = settings(max_examples=100_000 if IS_THOROUGH else 300, deadline=None, derandomize=not IS_THOROUGH, database=None)
-"""A few examples, always the same; 100,000 random ones with --hypothesis-profile=thorough."""
 
 PICTURE = photo(37, 21)
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 import ipaddress
 
 import pytest
-from hypothesis import given, settings
+from fuzzing import FUZZ
+from hypothesis import given
 from hypothesis import strategies as st
 
 from omnilmm.image.address import AllowList, BadAddress, Target, is_public, parse_url, public_addresses
-
-IS_THOROUGH = settings.get_current_profile_name() == "thorough"
-FUZZ = settings(max_examples=100_000 if IS_THOROUGH else 300, deadline=None, derandomize=not IS_THOROUGH, database=None)
-"""A few examples, always the same; 100,000 random ones with --hypothesis-profile=thorough."""
 
 ANYWHERE = AllowList(hosts=("*", "*:8443"))
 

@@ -10,12 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DATA
 from safetensors.torch import load_file, save_file
 
 from omnilmm.errors import CheckpointError
-from omnilmm.models.adapter_files import CONFIG_FILE, PICKLED_FILE, WEIGHTS_FILE, AdapterCatalog, read_adapter
-from omnilmm.models.adapters import FEW, GAP, AdapterPool, TokenRun
+from omnilmm.models.adapter_files import (
+    CONFIG_FILE,
+    PICKLED_FILE,
+    WEIGHTS_FILE,
+    AdapterCatalog,
+    AdapterWeights,
+    read_adapter,
+)
+from omnilmm.models.adapter_products import Pairs
+from omnilmm.models.adapters import FEW, GAP, PACK_AFTER, AdapterPool, TokenRun
 from omnilmm.models.attention import DenseAttend
 from omnilmm.models.config import ModelConfig, read_model_config
 from omnilmm.models.decoder import LanguageModel
@@ -30,7 +37,7 @@ RANK = 3
 
 @pytest.fixture(params=FAMILIES)
 def folder(request: pytest.FixtureRequest) -> Path:
-    return DATA / request.param
+    return Path(__file__).parents[1] / "data" / request.param
 
 
 @pytest.fixture
@@ -313,3 +320,99 @@ def test_it_acts_on_packed_weights_too(weight_dtype: Any, folder: Path, config: 
         acting = hidden(model, 6).float()
     assert (acting - expected).norm() < 0.3 * (plain - expected).norm()
     pool.close()
+
+
+class Packs:
+    """A packed model, and a pool with `num` adapters in it, of which steps use what `step` names."""
+
+    def __init__(self, folder: Path, config: ModelConfig, tmp_path: Path, num: int) -> None:
+        self.config, self.tmp_path = config, tmp_path
+        self.model = prepare_for_decoding(load_language_model(folder, config, dtype="bfloat16"))
+        self.pool = AdapterPool(self.model, config, num_ranks=num * RANK)
+        for index in range(num):
+            self.write(index, seed=index)
+
+    def write(self, index: int, *, seed: int) -> None:
+        folder = self.tmp_path / f"{index} {seed}"
+        folder.mkdir()
+        make_adapter(self.config, seed).save(folder, base="")
+        self.pool.write(self.rows(index), read(folder, self.config, dtype=torch.bfloat16))
+
+    def rows(self, index: int) -> range:
+        return range(index * RANK, (index + 1) * RANK)
+
+    def step(self, *used: int) -> torch.Tensor:
+        with self.pool.acting([TokenRun(i, i + 1, self.rows(index)) for i, index in enumerate(used)]):
+            return alone(self.model, len(used)).float()
+
+    @property
+    def whole(self) -> slice | None:
+        return None if self.pool._packed is None else self.pool._packed[0]
+
+
+@pytest.fixture
+def packs(folder: Path, config: ModelConfig, tmp_path: Path) -> Packs:
+    made = Packs(folder, config, tmp_path, num=4)
+    if not made.pool._packs:
+        pytest.skip("nothing is packed on this machine")
+    return made
+
+
+def test_what_steps_use_again_and_again_is_packed_and_says_the_same(packs: Packs) -> None:
+    orders = [(0, 1, 2, 3), (0, 2, 1, 3)]
+    before = [packs.step(*order) for order in orders]
+    assert packs.whole is None
+    for turn in range(PACK_AFTER):
+        packs.step(*orders[turn % 2])
+    assert packs.whole == slice(0, 4 * RANK)
+    for order, expected in zip(orders, before, strict=True):
+        torch.testing.assert_close(packs.step(*order), expected, rtol=0.05, atol=0.05)
+    smaller = packs.step(1, 2)  # half of it, so the copy serves
+    assert packs.pool._last[2][0].layers is packs.pool._packed[2]  # type: ignore[index]
+    torch.testing.assert_close(smaller[0], packs.step(1, 2, 1, 2)[0], rtol=0.05, atol=0.05)
+
+
+def test_a_copy_never_outlives_what_it_is_of(packs: Packs) -> None:
+    order, other = (0, 1, 2, 3), (3, 2, 1, 0)
+    for _ in range(PACK_AFTER):
+        packs.step(*order)
+        packs.step(*other)
+    before = packs.step(*order)
+    assert packs.whole is not None
+    packs.write(1, seed=9)
+    after = packs.step(*order)  # the very same runs, with another adapter in one's rows
+    assert not torch.allclose(after[1], before[1], atol=0.1)
+    torch.testing.assert_close(after[[0, 2, 3]], before[[0, 2, 3]], rtol=0.05, atol=0.05)
+    for _ in range(PACK_AFTER):
+        packs.step(*other)
+        packs.step(*order)
+    assert packs.pool._packed is not None
+    torch.testing.assert_close(packs.step(*order), after, rtol=0.05, atol=0.05)
+
+
+def test_a_copy_begun_while_rows_are_written_is_not_kept(packs: Packs, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Pairs.packed_rows
+
+    def interrupted(pairs: Pairs, ranks: slice) -> Any:
+        packs.pool._num_writes += 2  # another thread's write began and ended
+        return real(pairs, ranks)
+
+    monkeypatch.setattr(Pairs, "packed_rows", interrupted)
+    for turn in range(3 * PACK_AFTER):
+        packs.step(*((0, 1, 2, 3), (3, 2, 1, 0))[turn % 2])
+    assert packs.whole is None
+
+
+def test_a_foreign_adapter_s_overflow_stays_its_own(folder: Path, config: ModelConfig, stored: Path) -> None:
+    model = load_language_model(folder, config, dtype="float32")
+    pool = AdapterPool(model, config, num_ranks=2 * RANK)
+    weights = read(stored, config)
+    pool.write(range(RANK), weights)
+    with pool.acting([TokenRun(0, 1, range(RANK)), TokenRun(1, 2, None)]):
+        expected = alone(model, 2)
+    pairs = {name: (torch.full_like(down, 3e38), up) for name, (down, up) in weights.pairs.items()}
+    pool.write(range(RANK, 2 * RANK), AdapterWeights("", RANK, pairs))
+    with pool.acting([TokenRun(0, 1, range(RANK)), TokenRun(1, 2, None), TokenRun(2, 3, range(RANK, 2 * RANK))]):
+        out = alone(model, 3)
+    assert not out[2].isfinite().all()
+    torch.testing.assert_close(out[:2], expected, rtol=1e-4, atol=1e-4)

@@ -260,8 +260,21 @@ def test_revoking_the_last_key_does_not_open_the_server(directory, clock):
         book.authenticate([], "127.0.0.1")
 
 
-def test_a_limit_that_nobody_enforces_is_refused(directory):
+def test_lists_of_models_name_adapters_too(directory, enter):
+    directory.add("acme", {"models": ["base:*", "other", "other:x"]})
+    for wide in (["base"], ["base:*", "base"], ["other:*"], ["other:y"]):
+        with pytest.raises(InvalidRequest, match="may not use"):
+            directory.add_key("acme", models=wide)
+    narrow = enter(directory.add_key("acme", models=["base:a", "other"]).secret)
+    assert [narrow.may_use(name) for name in ("base:a", "other", "base", "base:b", "other:x")] == [1, 1, 0, 0, 0]
+    whole = enter(directory.add_key("acme").secret)
+    assert [whole.may_use(name) for name in ("base:a", "base:b", "other:x", "base", "other:y")] == [1, 1, 1, 0, 0]
+    directory.change("acme", {"models": ["base:b", "other"]})  # what the tenant lost, its keys lost
+    assert enter(narrow_key := directory.add_key("acme", models=["other"]).secret).may_use("other"), narrow_key
+
+
+@pytest.mark.parametrize("models", [["*"], ["base*"], ["base:"], [":a"], ["base:a:b"], ["base:a*"], ["base:**"]])
+def test_there_is_no_other_wildcard(directory, models):
     with pytest.raises(InvalidRequest) as refused:
-        directory.add("acme", {"cache_bytes": 7})
-    assert refused.value.param == "cache_bytes"
-    directory.add("acme", {"cache_bytes": None})
+        directory.add("acme", {"models": models})
+    assert refused.value.param == "models"

@@ -21,9 +21,9 @@ def tenant(**limits):
     return Tenant("acme", "acme", limits=TenantLimits(**limits))
 
 
-def usage(tokens, *, pictures=()):
+def usage(tokens, *, pictures=(), kept=0):
     images = tuple(ImageUsage(ImageSource.ENCODED, 64, *size) for size in pictures)
-    return Usage(prompt_tokens=tokens - 1, completion_tokens=1, cached_tokens=0, image_tokens=0, images=images)
+    return Usage(tokens - 1, 1, cached_tokens=0, image_tokens=0, images=images, kept_bytes=kept)
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ async def test_a_full_cache_share_refuses_nobody(clock, steady):
     acme = tenant(cache_bytes=2000)
     with await governor.admit(acme, Estimate()) as permit:
         assert permit.may_cache
-        permit.settle(usage(5), cached_bytes=1000)  # half at once: with what drains, 2000 in any lifetime
+        permit.settle(usage(5, kept=1000))  # half at once: with what drains, 2000 in any lifetime
     await governor.aclose()
     with await governor.admit(acme, Estimate()) as permit:
         assert not permit.may_cache
@@ -199,6 +199,97 @@ async def test_a_full_cache_share_refuses_nobody(clock, steady):
     with await governor.admit(acme, Estimate()) as permit:
         assert permit.may_cache
     await governor.aclose()
+
+
+async def may_cache(governor, asking, num_bytes, *, kept=0):
+    with await governor.admit(asking, Estimate(cache_bytes=num_bytes)) as permit:
+        permit.settle(Usage(0, 0, 0, 0, kept_bytes=kept))
+        return permit.may_cache
+
+
+async def test_room_in_the_cache_is_reserved_and_what_was_not_needed_comes_back(governor):
+    acme = tenant(cache_bytes=2000)
+    with await governor.admit(acme, Estimate(cache_bytes=700)) as first:
+        with await governor.admit(acme, Estimate(cache_bytes=700)) as second:
+            assert (first.may_cache, second.may_cache) == (True, False)
+            second.settle(usage(5))
+        assert await may_cache(governor, acme, 300)
+        first.settle(usage(5, kept=100))
+    await governor.aclose()
+    assert not await may_cache(governor, acme, 901)
+    assert await may_cache(governor, acme, 900)
+    await governor.aclose()
+    assert await may_cache(governor, acme, 900)  # it was not used, so it is there again
+
+
+async def test_what_was_kept_counts_however_the_request_ends(governor):
+    acme = tenant(cache_bytes=2000, tokens_per_min=600)
+    failing = await governor.admit(acme, Estimate(500, cache_bytes=900))
+    failing.note_kept(600)
+    with pytest.raises(Overloaded), failing:
+        raise Overloaded("full")
+    await governor.aclose()
+    assert await remaining(governor, acme) == 600, "the tokens come back"
+    assert not await may_cache(governor, acme, 401)
+    with await governor.admit(acme, Estimate(500, cache_bytes=400)) as leaving:
+        leaving.note_kept(0)
+    await governor.aclose()
+    assert await remaining(governor, acme) == 100, "the tokens do not"
+    assert await may_cache(governor, acme, 400)
+
+
+async def test_a_wish_that_does_not_fit_pours_nothing_elsewhere_less(governor):
+    acme = tenant(cache_bytes=2000, requests_per_min=2, tokens_per_min=600)
+    with await governor.admit(acme, Estimate(tokens=50, cache_bytes=5000)) as permit:
+        assert not permit.may_cache
+        assert dict(permit.headers)["x-ratelimit-remaining-tokens"] == "550"
+        permit.settle(usage(50))
+    with pytest.raises(LimitReached, match="tokens"):  # a wish that fits does not let in what does not
+        await governor.admit(acme, Estimate(tokens=551, cache_bytes=100))
+    assert await may_cache(governor, replace(acme, limits=TenantLimits(cache_bytes=2000)), 1000)
+
+
+async def test_room_in_the_cache_comes_back_as_its_entries_expire(clock, steady):
+    governor = Governor(clock, SharedLimits(steady), cache_ttl_s=1000)
+    acme = tenant(cache_bytes=2000)
+    assert await may_cache(governor, acme, 1000, kept=1000)
+    await governor.aclose()
+    clock.now += 499
+    assert not await may_cache(governor, acme, 500)
+    clock.now += 1
+    assert await may_cache(governor, acme, 500)
+    await governor.aclose()
+
+
+async def test_many_at_once_never_keep_more_than_the_bound(clock, steady):
+    """Two routers; what is admitted to the cache in any lifetime of an entry stays within the bound."""
+    routers = [Governor(clock, SharedLimits(steady), cache_ttl_s=1000) for _ in range(2)]
+    acme = tenant(cache_bytes=20_000)
+    kept = []
+
+    async def ask(number):
+        with await routers[number % 2].admit(acme, Estimate(cache_bytes=300)) as permit:
+            stored = 300 if permit.may_cache else 0
+            kept.append((clock.now, stored))
+            permit.settle(usage(2, kept=stored))
+
+    for _ in range(20):
+        await asyncio.gather(*map(ask, range(20)))
+        clock.now += 100
+    for begin, _ in kept:
+        assert sum(stored for at, stored in kept if begin <= at < begin + 1000) <= 20_000
+    assert sum(stored for _, stored in kept) > 20_000, "what expired made room"
+    for router in routers:
+        await router.aclose()
+
+
+async def test_without_redis_each_router_gives_out_its_share_of_the_cache(clock, steady):
+    routers = [Governor(clock, SharedLimits(steady), num_routers=4) for _ in range(4)]
+    steady.is_down = True
+    acme = tenant(cache_bytes=8000)
+    admitted = [await may_cache(router, acme, 250, kept=250) for router in routers for _ in range(8)]
+    assert sum(admitted) * 250 == 4000
+    assert not await may_cache(routers[0], acme, 1001), "a wish is never more than the share"
 
 
 async def test_a_hundred_at_once_for_the_last_place(clock, steady):

@@ -1,0 +1,53 @@
+"""Room for the answers a router gives at a time, so shared that whoever comes late still finds some.
+
+Dynamic thresholds (Choudhury and Hahne, "Dynamic queue length thresholds for shared-memory packet switches", 1998):
+a tenant may hold twice as many places as are left free. Alone it gets two thirds of them, two greedy ones two fifths
+each, and n of them leave 1/(2n+1) for the next one to come. Nobody is asked who the others are, and nothing is kept for
+anybody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from omnilmm.errors import Overloaded
+
+RETRY_AFTER_S = 1.0
+GREED = 2
+"""Places a tenant may hold for each that is free."""
+
+
+class Places:
+    """`num_places` places. Lives on one event loop."""
+
+    def __init__(self, num_places: int) -> None:
+        self._num_places = num_places
+        self._held: dict[str, int] = {}  # by tenant; nobody holds zero
+
+    @property
+    def num_free(self) -> int:
+        return self._num_places - sum(self._held.values())
+
+    @contextmanager
+    def take(self, tenant: str) -> Iterator[None]:
+        """A place for as long as the block lasts.
+
+        Raises:
+            Overloaded: the tenant holds GREED times as many places as are free.
+        """
+        held = self._held.get(tenant, 0)
+        if held >= GREED * self.num_free:
+            raise Overloaded("Too many answers are being given. Try again in a moment.", retry_after=RETRY_AFTER_S)
+        self._held[tenant] = held + 1
+        try:
+            yield
+        finally:
+            self._held[tenant] -= 1
+            if not self._held[tenant]:
+                del self._held[tenant]
+
+    def check_integrity(self) -> None:
+        """AssertionError if the books are wrong."""
+        assert all(held > 0 for held in self._held.values()), "places: somebody holds none"
+        assert self.num_free >= 0, "places: more were given out than there are"

@@ -1,0 +1,193 @@
+"""What tenants feel of one another: a greedy one, one that sends garbage, and eight equal ones.
+
+    python tests/bench/fairness.py [--seats 8] [--seconds 20] [--model PATH]
+
+Starts `omnilmm serve` with a tiny model and one key per tenant, without any limit but the server's own. Answers have
+96 to 256 tokens. First the peak is measured; a fair share is what each of N tenants gets of it. Then, with a victim
+that asks five times a second, at random times (open loop), for 16 tokens:
+
+    alone      nobody else asks
+    greedy     beside a tenant that asks for ten times its share, open loop as well
+    garbage    beside one that sends bodies that are no requests, as fast as 32 connections allow
+    control    alone, while another server on this machine refuses as many requests as ours did: what of all that is
+               the generator's own doing
+
+and with tenants that always want more than they get: a victim beside the greedy one, and eight equal ones. Every
+client is a process of its own (bench_load.py). Goals: the victim's p99 of the time to the first token at most 1.3
+times that of alone, its share at least 0.9 of fair, Jain's index of the eight at least 0.95. Exit status 1 where one
+is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import bench_servers
+import yaml
+from bench_load import Plan, Report, chat_body, load, quantile
+from bench_servers import Server
+
+from omnilmm.tenancy.keys import new_key
+
+MAX_RATIO, MIN_SHARE, MIN_JAIN = 1.3, 0.9, 0.95
+TINY = Path(__file__).parents[1] / "data" / "minicpm-v-tiny"
+NAMES = ("victim", "greedy", "garbage", *(f"tenant{i}" for i in range(8)))
+WATCHED_PER_S = 5.0
+LENGTHS = (96, 256, 128, 224, 160, 192)
+GARBAGE = ('{"model": "bench", "messages": 5}', "{", '{"messages": []}', '{"model": "bench", "temperature": 9}')
+PROMPT = "{n}" + 12 * " Tell me of the river and the mountain, the garden and the market, the harbour and the island."
+
+
+@dataclass(frozen=True)
+class Tenants:
+    """The server under test and everybody's key."""
+
+    server: Server
+    keys: dict[str, str]
+    bodies: tuple[str, ...]
+    short: tuple[str, ...]
+
+    def plan(self, name: str, seconds: float, **how: Any) -> Plan:
+        bodies = GARBAGE if name == "garbage" else self.bodies
+        how = {"bodies": bodies, "warm_up_s": 1.5, "grace_s": 0.0} | how
+        return Plan(name, self.server.base, self.keys[name], seconds=seconds, **how)
+
+    def watch(self, seconds: float) -> Plan:
+        """The victim whose time to the first token is taken."""
+        return self.plan("victim", seconds, bodies=self.short, rate=WATCHED_PER_S, grace_s=30.0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=TINY, help="checkpoint folder")
+    parser.add_argument("--seats", type=int, default=8, help="sequences a decoder runs at a time")
+    parser.add_argument("--seconds", type=float, default=20.0, help="how long the victim is watched each time")
+    options = parser.parse_args()
+    with own_server(options.model, options.seats) as tenants, refusing_server() as elsewhere:
+        sys.exit(not measure(tenants, elsewhere, options.seconds))
+
+
+def measure(tenants: Tenants, elsewhere: str, seconds: float) -> bool:
+    """Print the tables; whether all goals are met."""
+    load(tenants.plan("victim", 2.0, connections=32))  # not counted: first use of everything
+    (busy,) = load(tenants.plan("victim", 6.0, connections=32))
+    peak = busy.num_served / busy.seconds
+    print(f"peak {peak:.1f} answers/s; the greedy one asks for {5 * peak:.0f}/s", flush=True)
+    print(f"{'victim':24}{'answered':>9}{'p50 ms':>8}{'p99 ms':>8}{'p99 to alone':>14}   beside it")
+    (alone,) = load(tenants.watch(seconds))
+    row("alone", alone, alone)
+    greedy = beside(tenants, alone, "greedy", seconds, other={"rate": 5 * peak})
+    garbage = beside(tenants, alone, "garbage", seconds, other={"connections": 32})
+    flow = max(len(garbage.other.requests), len(greedy.other.refused)) / seconds
+    other = Plan("garbage", elsewhere, "", GARBAGE, seconds, warm_up_s=1.5, rate=flow)
+    victim, stranger = load(tenants.watch(seconds), other)
+    row("control", victim, alone, f"{len(stranger.requests) / seconds:.0f}/s refused elsewhere; {cpu(stranger)}")
+    victim, other_one = load(tenants.plan("victim", 12.0, connections=48), tenants.plan("greedy", 12.0, rate=5 * peak))
+    share = 2 * victim.num_served / max(1, victim.num_served + other_one.num_served)
+    print(f"victim beside greedy, both want more than they get: {share:.2f} of its fair share")
+    equals = load(*(tenants.plan(f"tenant{i}", 12.0, connections=8) for i in range(8)))
+    index = jain([report.num_served for report in equals])
+    print(f"eight equal tenants: {[report.num_served for report in equals]} answers, Jain's index {index:.3f}")
+    goals = {
+        f"p99 beside greedy at most {MAX_RATIO}": greedy.ratio <= MAX_RATIO,
+        f"p99 beside garbage at most {MAX_RATIO}": garbage.ratio <= MAX_RATIO,
+        f"share at least {MIN_SHARE}": share >= MIN_SHARE,
+        f"Jain's index at least {MIN_JAIN}": index >= MIN_JAIN,
+        "every request of the victim answered": all(r.count().keys() <= {200} for r in (greedy.victim, garbage.victim)),
+    }
+    for goal, is_met in goals.items():
+        print(f"{'met' if is_met else 'MISSED':8}{goal}")
+    return all(goals.values())
+
+
+@dataclass(frozen=True)
+class Beside:
+    victim: Report
+    other: Report
+    ratio: float
+
+
+def beside(tenants: Tenants, alone: Report, name: str, seconds: float, *, other: dict[str, float]) -> Beside:
+    victim, report = load(tenants.watch(seconds), tenants.plan(name, seconds, **other))
+    told = ", ".join(f"{count / seconds:.0f}/s {status}" for status, count in report.count().items())
+    return Beside(victim, report, row(f"beside {name}", victim, alone, f"{told}; {cpu(report)}"))
+
+
+def row(name: str, victim: Report, alone: Report, note: str = "") -> float:
+    ratio = quantile(victim.ttfts, 0.99) / quantile(alone.ttfts, 0.99)
+    p50, p99 = (1000 * quantile(victim.ttfts, q) for q in (0.5, 0.99))
+    print(f"{name:24}{len(victim.answered):9}{p50:8.1f}{p99:8.1f}{ratio:14.2f}   {note}", flush=True)
+    return ratio
+
+
+def cpu(report: Report) -> str:
+    return f"its client took {100 * report.cpu_s / report.seconds:.0f} % of a core"
+
+
+def jain(served: Sequence[float]) -> float:
+    """(sum x)^2 / (n sum x^2): 1 for equals, 1/n for one that has it all."""
+    return sum(served) ** 2 / (len(served) * sum(x * x for x in served))
+
+
+@contextmanager
+def own_server(checkpoint: Path, seats: int) -> Iterator[Tenants]:
+    keys = {name: new_key() for name in NAMES}
+    decoder = {"max_sequences": seats}
+    models = [{"name": "bench", "path": str(checkpoint.resolve()), "dtype": "float32", "decoder": decoder}]
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        args = {
+            "models": models,
+            "keys": [{"tenant": name, "sha256": digest} for name, (_, digest) in keys.items()],
+            "cache": {"redis": "none"},
+            "database": f"sqlite:///{scratch / 'records.db'}",
+        }
+        config = scratch / "serve_config.yaml"
+        application = {"name": "omnilmm", "import_path": "deployments.app:build", "args": args}
+        config.write_text(yaml.safe_dump({"applications": [application]}))
+        port = bench_servers._free_port()
+        command = [sys.executable, "-m", "cluster.cli", "serve", "--config", str(config), "--port", str(port)]
+        log = scratch / "server.log"
+        with Server(command, port=port, ready_path="/ready", log=log, env={}, key=keys["victim"][0]) as server:
+            bodies = tuple(chat_body("bench", PROMPT, max_tokens=length) for length in LENGTHS)
+            short = (chat_body("bench", PROMPT, max_tokens=16),)
+            yield Tenants(server, {name: key for name, (key, _) in keys.items()}, bodies, short)
+
+
+REFUSER = """
+import asyncio
+ANSWER = b"HTTP/1.1 400 Bad Request\\r\\nContent-Type: application/json\\r\\nContent-Length: 2\\r\\n\\r\\n{}"
+class Refuser(asyncio.Protocol):
+    def connection_made(self, transport):
+        self.transport = transport
+    def data_received(self, data):
+        self.transport.write(ANSWER)
+async def main():
+    server = await asyncio.get_running_loop().create_server(Refuser, "127.0.0.1", 0)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
+asyncio.run(main())
+"""
+
+
+@contextmanager
+def refusing_server() -> Iterator[str]:
+    """Another server: it refuses whatever comes in one packet, and takes next to nothing for it."""
+    with subprocess.Popen([sys.executable, "-c", REFUSER], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield f"http://127.0.0.1:{int(process.stdout.readline())}"
+        finally:
+            process.kill()
+
+
+if __name__ == "__main__":
+    main()
