@@ -198,9 +198,9 @@ def _model_of(row: Row) -> str:
 
 
 def _demo_model() -> str:
-    from cluster.demo import demo_checkpoint
+    from cluster.demo import builtin_checkpoint
 
-    return str(demo_checkpoint())
+    return str(builtin_checkpoint()[1])
 
 
 def _estimate(

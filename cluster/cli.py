@@ -49,6 +49,10 @@ PROCESS_ENVIRONMENT: Mapping[str, str] = {
     # between two parallel loops takes, some 100 us. Read when torch is loaded.
     "GOMP_SPINCOUNT": "5000",
 }
+_BUILTIN: Mapping[str, str] = {
+    "omnilmm-demo": "which has random weights: its answers mean nothing",
+    "omnilmm-nano": "which was trained on drawn shapes and writing, and knows nothing else (docs/nano.md)",
+}
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -226,11 +230,11 @@ def _host_models_again(cluster: LocalCluster, config: Path | None, say: Any) -> 
 
 
 def _demo_model(say: Any) -> str:
-    from cluster.demo import DEMO_NAME, demo_checkpoint
+    from cluster.demo import builtin_checkpoint
 
-    folder = demo_checkpoint()
-    say("no --model given: serving a tiny built-in model with [bold]random weights[/]; its answers mean nothing")
-    return f"{DEMO_NAME}={folder}"
+    name, folder = builtin_checkpoint()
+    say(f"no --model given: serving the built-in model [bold]{name}[/], {_BUILTIN[name]}")
+    return f"{name}={folder}"
 
 
 # -- running ------------------------------------------------------------------------------------------
@@ -311,7 +315,8 @@ def _print_usage(cluster: LocalCluster, settings: AppSettings, console: Console,
         highlight=False,
     )
     if is_demo:
-        console.print("\n[dim]The built-in model has random weights. Serve a real one with --model NAME=PATH.[/]")
+        told = f"{settings.models[0].name} is built in, and {_BUILTIN[settings.models[0].name]}."
+        console.print(f"\n[dim]{told} Serve a real model with --model NAME=PATH.[/]")
     console.print("\nCtrl-C stops everything.")
 
 
@@ -326,7 +331,7 @@ def _open_chat(
 ) -> Any:
     if url is not None:
         return kind(url, model=model, api_key=api_key)
-    from cluster.demo import demo_checkpoint
+    from cluster.demo import builtin_checkpoint
 
     columns = (TextColumn("loading"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
@@ -335,7 +340,7 @@ def _open_chat(
         def progress(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        path = model or str(demo_checkpoint())
+        path = model or str(builtin_checkpoint()[1])
         return kind(path, dtype=dtype, input_handling=input_handling, progress=progress)
 
 

@@ -57,6 +57,16 @@ def nano_checkpoint(family: Family = Family.OMNILMM_3B) -> Path | None:
     return folder if (folder / "model.safetensors").is_file() else None
 
 
+def builtin_checkpoint() -> tuple[str, Path]:
+    """What is served where no model is named, and its name: the trained one if it is shipped, else random weights.
+
+    Raises:
+        ConfigError: the cache folder cannot be written.
+    """
+    nano = nano_checkpoint()
+    return (DEMO_NAME, demo_checkpoint()) if nano is None else (NANO_NAME, nano)
+
+
 def write_demo_checkpoint(folder: Path, family: Family, *, seed: int = 0) -> Path:
     """Make the checkpoint in `folder`, unless it is there already. The same seed gives the same files.
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 APP_NAME = "omnilmm"
 READY_TIMEOUT_S = 600.0
+DRAIN_S = 30.0
 LOGICAL_POOL = 1000.0
 """How much of each pool's resource this machine claims to have: replicas here share it whatever they book."""
 OBJECT_STORE_BYTES = 200 * 1024**2
@@ -116,7 +117,10 @@ class LocalCluster:
         self.hosted = dict(wanted)
 
     def stop(self) -> None:
-        """End what `start` began, in reverse; safe to call at any point of it, and twice."""
+        """End what `start` began, in reverse; safe to call at any point of it, and twice.
+
+        Answers under way have half a minute to come to their end; new ones are refused meanwhile.
+        """
         if not self._started:
             return
         import ray
@@ -127,6 +131,9 @@ class LocalCluster:
             silence = io.StringIO()
             with contextlib.redirect_stderr(silence), contextlib.redirect_stdout(silence):
                 with contextlib.suppress(Exception):  # going down must go on, whatever has died before us
+                    drained = serve.get_app_handle(APP_NAME).broadcast("drain", DRAIN_S)
+                    drained.results(timeout_s=DRAIN_S + 5)
+                with contextlib.suppress(Exception):
                     serve.shutdown()
                 with contextlib.suppress(Exception):
                     self._stop_redis()

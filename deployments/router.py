@@ -44,6 +44,8 @@ from omnilmm.tenancy.places import Places
 from omnilmm.tenancy.tenant import Tenant
 
 PING_TIMEOUT_S = 2.0
+LAST_BYTES_S = 0.5
+"""An answer's place is given back a moment before its last bytes have reached the client."""
 PING_EVERY_S = 1.0
 ANSWERING_SHARE = 0.75
 """How much of what Serve lets into a router at a time may be answers. The rest is for what is quickly done, refusals
@@ -209,6 +211,8 @@ class Router:
 
         A vision pool may be asleep: it wakes when it is needed. Models of other applications come and go.
         """
+        if self.places.is_closing:
+            return False
         if time.monotonic() - self._pinged < PING_EVERY_S:
             return True
         try:
@@ -219,6 +223,12 @@ class Router:
             return False
         self._pinged = time.monotonic()
         return True
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Begin no more answers, and wait for those under way: whether all of them came to their end."""
+        is_done = await self.places.drain(timeout_s)
+        await asyncio.sleep(LAST_BYTES_S)
+        return is_done
 
     async def stats(self) -> dict[str, object]:
         return {"pid": os.getpid(), "retry_balance": self._retries.balance}

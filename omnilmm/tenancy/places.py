@@ -8,6 +8,7 @@ anybody.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,6 +25,12 @@ class Places:
     def __init__(self, num_places: int) -> None:
         self._num_places = num_places
         self._held: dict[str, int] = {}  # by tenant; nobody holds zero
+        self._is_closing = False
+        self._all_back = asyncio.Event()  # set once we are closing and nobody holds any
+
+    @property
+    def is_closing(self) -> bool:
+        return self._is_closing
 
     @property
     def num_free(self) -> int:
@@ -34,8 +41,10 @@ class Places:
         """A place for as long as the block lasts.
 
         Raises:
-            Overloaded: the tenant holds GREED times as many places as are free.
+            Overloaded: the tenant holds GREED times as many places as are free, or no more are given.
         """
+        if self._is_closing:
+            raise Overloaded("The server is about to stop.", retry_after=RETRY_AFTER_S)
         held = self._held.get(tenant, 0)
         if held >= GREED * self.num_free:
             raise Overloaded("Too many answers are being given. Try again in a moment.", retry_after=RETRY_AFTER_S)
@@ -46,6 +55,22 @@ class Places:
             self._held[tenant] -= 1
             if not self._held[tenant]:
                 del self._held[tenant]
+            self._note_if_all_are_back()
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Give no more, and wait until all are back: whether they were in time."""
+        self._is_closing = True
+        self._note_if_all_are_back()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._all_back.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _note_if_all_are_back(self) -> None:
+        if self._is_closing and not self._held:
+            self._all_back.set()
 
     def check_integrity(self) -> None:
         """AssertionError if the books are wrong."""

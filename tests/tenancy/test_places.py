@@ -1,5 +1,6 @@
 """Places: whoever comes late finds room, and nobody gets more than is left."""
 
+import asyncio
 from contextlib import ExitStack
 
 import pytest
@@ -59,3 +60,17 @@ def test_a_place_is_given_back_however_the_answer_ends():
     with pytest.raises(KeyError), places.take("a"):
         raise KeyError
     assert places.num_free == 2
+
+
+async def test_drained_means_nobody_holds_any_and_nobody_gets_any():
+    places = Places(8)
+    with places.take("a"):
+        assert not await places.drain(0.0)
+        draining = asyncio.create_task(places.drain(60.0))
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded), places.take("b"):
+            pass
+        assert not draining.done()
+    assert await draining
+    assert await places.drain(60.0)
+    assert places.is_closing
