@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import cast
 
 from ray.exceptions import RayActorError, RayTaskError, TaskCancelledError
+from ray.serve.context import _get_serve_request_context, _serve_request_context
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
@@ -43,6 +45,21 @@ def our_errors(pool: str) -> Iterator[None]:
         raise Overloaded(f"The {pool} pool is at capacity.", retry_after=1.0) from full
 
 
+@contextmanager
+def _call_of_its_own() -> Iterator[None]:
+    """Calls begun inside are told apart by Serve although one HTTP request makes them.
+
+    Ray 2.60 names a call after the request that makes it, and of two of a name that look for a replica at the same
+    moment it forgets one, which then waits for ever.
+    """
+    nameless = replace(_get_serve_request_context(), _internal_request_id="")
+    token = _serve_request_context.set(nameless)  # type: ignore[arg-type]  # declared by its default, None
+    try:
+        yield
+    finally:
+        _serve_request_context.reset(token)
+
+
 class ServeEncoder:
     """ports.Encoder over a handle to `deployments.vision.Vision`."""
 
@@ -53,7 +70,11 @@ class ServeEncoder:
         self, picture: PreparedImage, *, key: str, by_value: bool, timeout_s: float, keep: bool = True
     ) -> Encoded:
         with our_errors("vision"):
-            return await self._handle.encode.remote(picture, key=key, by_value=by_value, timeout_s=timeout_s, keep=keep)
+            with _call_of_its_own():
+                encoding = self._handle.encode.remote(
+                    picture, key=key, by_value=by_value, timeout_s=timeout_s, keep=keep
+                )
+            return await encoding
 
 
 class ServeDecoder:
@@ -66,7 +87,8 @@ class ServeDecoder:
         carried = sum(len(image.embedding.data) for image in call.images if image.embedding is not None)
         handle = self._handle.options(stream=True, session_id=affinity, _by_reference=carried > _GRPC_BYTES)
         with our_errors("decoder"):
-            stream = cast(DeploymentResponseGenerator, handle.generate.remote(call))
+            with _call_of_its_own():
+                stream = cast(DeploymentResponseGenerator, handle.generate.remote(call))
             finished = False
             try:
                 async for batch in stream:

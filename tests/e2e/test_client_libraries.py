@@ -41,12 +41,6 @@ def test_chat_whole_streamed_and_raw(client, asked):
     assert raw.parse().choices[0].message.content.strip() == asked.text
 
 
-@pytest.mark.xfail(
-    strict=False,
-    raises=openai.APITimeoutError,
-    reason="Serve sometimes leaves one of two calls that a request makes at the same moment"
-    " waiting for ever, after a restart of the replicas",
-)
 def test_several_choices(client, asked):
     client = client.with_options(timeout=20, max_retries=0)
     question = {"model": MODEL, "messages": asked.body()["messages"], "max_tokens": 8, "temperature": 1.2, "n": 3}
