@@ -264,6 +264,16 @@ def answer(folder: Path, family: Family, pixels: torch.Tensor, num_tokens: int) 
     ]
 
 
+def test_what_is_built_in_is_the_trained_one_where_it_is_shipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(demo, "nano_checkpoint", lambda: None)
+    assert demo.builtin_checkpoint() == ("omnilmm-demo", demo_checkpoint())
+    monkeypatch.setattr(demo, "nano_checkpoint", lambda: tmp_path / "3b")
+    assert demo.builtin_checkpoint() == ("omnilmm-nano", tmp_path / "3b")
+
+
 def test_it_loads_and_answers_in_words_about_the_picture(family: Family, folder: Path) -> None:
     picture = torch.zeros(1, 3, 448, 448)
     words = answer(folder, family, picture, 12)
