@@ -23,6 +23,7 @@ from omnilmm.training.lora import Adapter
 from omnilmm.training.rows import Batch
 
 LORA, GROUNDING = "lora", "grounding"
+_TARGET_STEP = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,12 +89,18 @@ class Learner(nn.Module):
             vectors = self.encode(batch.squares) if len(batch.squares) else None
             if batch.num_targets:
                 hidden = self.language(self.embed(batch, vectors), batch.positions, RowAttend(batch))
-                logits = self.language.logits(hidden.index_select(0, batch.target_tokens))  # (M, vocab) float32
+                logits = self._logits(hidden, batch.target_tokens)
                 answers = functional.cross_entropy(logits, batch.target_ids, reduction="sum")
                 num_right = (logits.detach().argmax(-1) == batch.target_ids).sum()
             if self.grounding is not None and vectors is not None and batch.facts is not None:
                 grounding = self.grounding.loss(vectors, batch.facts)
         return Losses(answers, grounding, num_right)
+
+    def _logits(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """(T, hidden), (M,) -> (M, vocab) float32, computed in few shapes as in `rows.collate`."""
+        num_targets = len(tokens)
+        padded = functional.pad(tokens, (0, -num_targets % _TARGET_STEP))
+        return self.language.logits(hidden.index_select(0, padded))[:num_targets]
 
     def learning(self) -> Iterator[tuple[str, str, nn.Parameter]]:
         """(part, name, parameter) of everything that learns, always in the same order."""

@@ -99,10 +99,10 @@ def make_row(
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """B rows, T tokens in all, side by side without padding, as the language model takes them.
+    """B rows, T tokens in all, side by side, as the language model takes them; the last few may be filler.
 
     `slots` (T,) are places in a (B, longest) rectangle; `visible` (B, 1, longest, longest) bool says there who may
-    see whom (places without a token see themselves). Picture vectors (P * num_query, hidden), in the order
+    see whom (places without a token, and filler, see only themselves). Picture vectors (P * num_query, hidden), in the order
     `picture_rows`, go to tokens `picture_tokens`. `squares` is (P, side, side, 3) uint8.
     """
 
@@ -122,10 +122,12 @@ class Batch:
         return len(self.target_ids)
 
 
-def collate(rows: SequenceOf[Row]) -> Batch:
-    """Rows side by side, on the CPU. Facts are kept if every row with pictures has them."""
-    longest = max(map(len, rows))
+def collate(rows: SequenceOf[Row], *, fill: bool = False) -> Batch:
+    """Rows side by side, on the CPU. Facts are kept if every row with pictures has them. `fill` adds tokens that
+    nobody sees until the batch has one of few sizes: for loops that collate without end."""
+    longest = _rounded_up(max(map(len, rows)), _ROW_STEP if fill else 1)
     starts = np.cumsum([0, *map(len, rows)])
+    filler = _filler(rows, longest) if fill else np.empty(0, np.int64)
     first_picture = np.cumsum([0, *(len(row.pictures) for row in rows)])
     visible = np.broadcast_to(np.eye(longest, dtype=bool), (len(rows), longest, longest)).copy()
     tokens, vectors = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
@@ -138,9 +140,9 @@ def collate(rows: SequenceOf[Row]) -> Batch:
     facts = [row.facts for row in rows if row.pictures]
     has_facts = bool(facts) and all(fact is not None for fact in facts)
     return Batch(
-        ids=_joined([row.ids for row in rows]),
-        positions=_joined([row.positions for row in rows]),
-        slots=_joined([index * longest + np.arange(len(row)) for index, row in enumerate(rows)]),
+        ids=_joined([*(row.ids for row in rows), np.zeros_like(filler)]),
+        positions=_joined([*(row.positions for row in rows), np.zeros_like(filler)]),
+        slots=_joined([*(index * longest + np.arange(len(row)) for index, row in enumerate(rows)), filler]),
         visible=torch.from_numpy(visible).unsqueeze(1),
         target_tokens=_joined([starts[index] + row.target_nodes for index, row in enumerate(rows)]),
         target_ids=_joined([row.target_ids for row in rows]),
@@ -149,6 +151,22 @@ def collate(rows: SequenceOf[Row]) -> Batch:
         squares=torch.from_numpy(np.stack(squares)) if squares else torch.empty(0, 0, 0, 3, dtype=torch.uint8),
         facts=_joined([fact for fact in facts if fact is not None]) if has_facts else None,
     )
+
+
+_ROW_STEP, _TOKEN_STEP = 32, 512
+"""Rows and batches come in few lengths only. For every new shape of a product torch's CPU library makes and keeps a
+program of its own, and the allocator finds no block that fits: with lengths as they come a run grew by 4 GB an hour."""
+
+
+def _rounded_up(number: int, step: int) -> int:
+    return -(-number // step) * step
+
+
+def _filler(rows: SequenceOf[Row], longest: int) -> np.ndarray:
+    """Slots behind the ends of rows for tokens that only fill the batch up: nobody sees them and they teach nothing."""
+    num_tokens = sum(map(len, rows))
+    free = np.concatenate([index * longest + np.arange(len(row), longest) for index, row in enumerate(rows)])
+    return free[: _rounded_up(num_tokens, _TOKEN_STEP) - num_tokens]
 
 
 def _joined(parts: list[np.ndarray]) -> Tensor:

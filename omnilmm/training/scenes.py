@@ -24,8 +24,10 @@ CHARACTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 GRID = 8
 BORDER = 0.1
 """No centre of a thing is nearer to the border of its cell, in cells, so that it is plain in which one it lies."""
-FACTS = (*SHAPES, *COLOURS, *SIZES, *CHARACTERS)
-"""What can be told of a cell of the GRID x GRID grid, in the order of `facts`."""
+ROWS = tuple(f"row {number}" for number in range(GRID))
+COLUMNS = tuple(f"column {number}" for number in range(GRID))
+FACTS = (*SHAPES, *COLOURS, *SIZES, *CHARACTERS, *ROWS, *COLUMNS)
+"""What can be told of a cell of the GRID x GRID grid, in the order of `facts`: what it shows, and where it lies."""
 
 MAX_COUNT = 9
 

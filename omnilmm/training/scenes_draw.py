@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from omnilmm.config import ImageLimits, InputHandling
 from omnilmm.image.transform import decode
-from omnilmm.training.scenes import BORDER, FACTS, GRID, Scene, Thing, Writing
+from omnilmm.training.scenes import BORDER, COLUMNS, FACTS, GRID, ROWS, Scene, Thing, Writing
 
 RGB = tuple[int, int, int]
 
@@ -276,8 +276,11 @@ def _inside_cell(x: float) -> float:
 
 
 def facts(scene: Scene, scenery: Scenery) -> np.ndarray:
-    """(GRID * GRID, len(FACTS)) uint8, row-major: what has its centre in each cell."""
+    """(GRID * GRID, len(FACTS)) uint8, row-major: what has its centre in each cell, and the cell's own row and
+    column."""
     table = np.zeros((GRID, GRID, len(FACTS)), np.uint8)
+    for number, (row_fact, column_fact) in enumerate(zip(ROWS, COLUMNS, strict=True)):
+        table[number, :, FACTS.index(row_fact)] = table[:, number, FACTS.index(column_fact)] = 1
     for thing in scene.things:
         row, column = int(thing.y * GRID), int(thing.x * GRID)
         for fact in (thing.shape, thing.colour, thing.size):

@@ -180,7 +180,7 @@ class Trainer:
                 row_index(position, self._source.num_rows, config.seed)
                 for position in range(start, start + config.batch)
             )
-            yield collate([self._source.row(index, self.step) for index in indices])
+            yield collate([self._source.row(index, self.step) for index in indices], fill=True)
 
     def _seed_dropout(self, number: int) -> None:
         key = np.random.SeedSequence((self._config.seed, self.step, number, self._workers.rank))

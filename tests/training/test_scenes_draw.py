@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from omnilmm.training.scenes import FACTS, GRID, SHAPES, Scene, Split, Thing, Writing, make_scene
+from omnilmm.training.scenes import COLUMNS, FACTS, GRID, ROWS, SHAPES, Scene, Split, Thing, Writing, make_scene
 from omnilmm.training.scenes_draw import PAINT, Scenery, draw, facts, load_scenery
 
 
@@ -91,18 +91,29 @@ def test_long_writing_is_made_to_fit(bare_scenery: Scenery) -> None:
     assert not inked[:, -1].any()
 
 
+NUM_SHOWN = len(FACTS) - len(ROWS) - len(COLUMNS)  # the facts of what is to be seen come first
+
+
 def test_facts_tell_what_has_its_centre_in_a_cell(bare_scenery: Scenery) -> None:
     scene = scene_with(thing("star", "blue", 0.3, 0.6), thing("heart", "black", 0.9, 0.1))
     table = facts(scene, bare_scenery).reshape(GRID, GRID, len(FACTS))
-    assert {FACTS[i] for i in np.flatnonzero(table[4, 2])} == {"star", "blue", "large"}
-    assert {FACTS[i] for i in np.flatnonzero(table[0, 7])} == {"heart", "black", "large"}
-    assert table.sum() == 6
+    assert {FACTS[i] for i in np.flatnonzero(table[4, 2, :NUM_SHOWN])} == {"star", "blue", "large"}
+    assert {FACTS[i] for i in np.flatnonzero(table[0, 7, :NUM_SHOWN])} == {"heart", "black", "large"}
+    assert table[..., :NUM_SHOWN].sum() == 6
+
+
+def test_facts_tell_of_every_cell_where_it_lies(bare_scenery: Scenery) -> None:
+    table = facts(scene_with(), bare_scenery).reshape(GRID, GRID, len(FACTS))
+    for row in range(GRID):
+        for column in range(GRID):
+            told = [FACTS[i] for i in np.flatnonzero(table[row, column])]
+            assert told == [f"row {row}", f"column {column}"]
 
 
 def test_letters_are_told_from_left_to_right(bare_scenery: Scenery) -> None:
     scene = scene_with(writing=Writing("472", 0.5, 0.5, 0.25, 0))
     table = facts(scene, bare_scenery).reshape(GRID, GRID, len(FACTS))
-    rows, columns, kinds = np.nonzero(table)
+    rows, columns, kinds = np.nonzero(table[..., :NUM_SHOWN])
     assert {*rows.tolist()} == {4}
     assert [FACTS[kind] for kind in kinds[np.argsort(columns)]] == ["4", "7", "2"]
 
@@ -110,5 +121,5 @@ def test_letters_are_told_from_left_to_right(bare_scenery: Scenery) -> None:
 def test_narrow_letters_have_cells_of_their_own(bare_scenery: Scenery) -> None:
     for x in (0.4, 0.43, 0.5, 0.58):
         table = facts(scene_with(writing=Writing("ILIJI", x, 0.5, 0.2, 0)), bare_scenery)
-        columns = np.nonzero(table.reshape(GRID, GRID, len(FACTS)))[1]
+        columns = np.nonzero(table.reshape(GRID, GRID, len(FACTS))[..., :NUM_SHOWN])[1]
         assert len({*columns.tolist()}) == 5
