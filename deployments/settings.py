@@ -86,6 +86,8 @@ class DecoderPool(ModelPool):
     """KV blocks a replica keeps; times block_size it is the number of token positions."""
     block_size: Annotated[int, Field(ge=1, le=512)] = 16
     max_step_tokens: Annotated[int, Field(ge=16, le=1_000_000)] = 512
+    batch_beside_online: Annotated[int, Field(ge=1, le=1_000_000)] = 8
+    """Tokens of batch jobs that a step may compute beside those of people who wait for their answers."""
     max_sequences: Annotated[int, Field(ge=1, le=100_000)] = 64
     max_waiting: Annotated[int, Field(ge=1, le=1_000_000)] = 256
     weight_dtype: Literal["int8"] | None = None
@@ -103,6 +105,7 @@ class DecoderPool(ModelPool):
             num_blocks=self.num_blocks,
             block_size=self.block_size,
             max_step_tokens=self.max_step_tokens,
+            batch_beside_online=self.batch_beside_online,
             max_sequences=self.max_sequences,
             max_waiting=self.max_waiting,
             max_context=max_context,

@@ -73,6 +73,9 @@ class EncoderConfig(_Resolvable):
 class EngineConfig(_Resolvable):
     """The decode engine's room. `num_blocks * block_size` token positions of KV, shared by all sequences.
 
+    `batch_beside_online` is how many tokens of class BATCH a step may compute beside those of class ONLINE: few, as
+    everything in a step takes as long as all of it. Steps of BATCH alone take `max_step_tokens`.
+
     `attention` is "gathered" (any device), "paged" (CUDA) or "auto", which is paged on CUDA if blocks and heads allow
     it. `cuda_graphs` None means wherever attention is paged; true without it is refused.
     """
@@ -80,6 +83,7 @@ class EngineConfig(_Resolvable):
     num_blocks: int = 1024
     block_size: int = 16
     max_step_tokens: int = 512
+    batch_beside_online: int = 8
     max_sequences: int = 64
     max_waiting: int = 256
     max_context: int = 4096

@@ -14,7 +14,7 @@ from typing import Protocol
 from omnilmm.config import EngineConfig
 from omnilmm.engine.admission import check_call
 from omnilmm.engine.grammar import Matcher
-from omnilmm.engine.plan import Drawn, Needs, Plan, Row, StepResult
+from omnilmm.engine.plan import Drawn, Needs, Plan, Row, ShouldYield, StepResult, StepYielded, never
 from omnilmm.engine.scheduler import Scheduler
 from omnilmm.engine.sequence import FINISH_REASONS, Sequence, Status
 from omnilmm.errors import InvalidRequest, OmniError
@@ -28,7 +28,7 @@ class Runner(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
-    def run(self, plan: Plan) -> StepResult: ...
+    def run(self, plan: Plan, should_yield: ShouldYield = ...) -> StepResult: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +78,7 @@ class EngineStats:
     num_failed: int = 0  # sequences that ended with an error of their own
     num_preemptions: int = 0
     num_steps: int = 0
+    num_yielded: int = 0  # steps given up for somebody who waits; not among num_steps
     last_step_sequences: int = 0
     last_step_tokens: int = 0
 
@@ -95,7 +96,7 @@ class Engine:
         self._news: list[Output] = []  # told with the next step
         self._is_stalled = False  # the last plan was empty, and nothing has happened since
         self._last_plan = Plan()
-        self._num_steps = self._num_failed = 0
+        self._num_steps = self._num_yielded = self._num_failed = 0
         self._prompt_tokens = self._cached_tokens = self._generated_tokens = self._computed_tokens = 0
 
     # -- calls ----------------------------------------------------------------------------------------
@@ -154,10 +155,19 @@ class Engine:
         """No sequence is left, and no news of one."""
         return not self._sequences and not self._news
 
-    def step(self) -> list[Output]:
-        """Compute some of what is owed, and tell what came of it."""
+    def step(self, should_yield: ShouldYield = never) -> list[Output]:
+        """Compute some of what is owed, and tell what came of it.
+
+        While a step is computed that nobody waits for, `should_yield` is asked again and again whether somebody else
+        does. If so the step is given up: its rows are computed anew in a later one.
+        """
         plan = self._scheduler.choose()
-        result = self._runner.run(plan)
+        try:
+            result = self._runner.run(plan, should_yield if plan.yields else never)
+        except StepYielded:
+            self._num_yielded += 1
+            outputs, self._news = [*self._news, *plan.needs], []
+            return outputs
         return self._commit(plan, result)
 
     def _commit(self, plan: Plan, result: StepResult) -> list[Output]:
@@ -226,6 +236,7 @@ class Engine:
             num_failed=self._num_failed,
             num_preemptions=self._scheduler.num_preemptions,
             num_steps=self._num_steps,
+            num_yielded=self._num_yielded,
             last_step_sequences=len(self._last_plan.rows),
             last_step_tokens=self._last_plan.num_tokens,
         )

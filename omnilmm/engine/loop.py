@@ -27,7 +27,7 @@ from omnilmm.engine.plan import Needs
 from omnilmm.engine.shelf import AdapterShelf, Loaded
 from omnilmm.engine.stream import Ending, TokenStream, flush_interval
 from omnilmm.errors import DeadlineExceeded, InvalidRequest, NotFound, OmniError, Overloaded, ReplicaLost
-from omnilmm.messages import GenerateCall, TokenBatch
+from omnilmm.messages import GenerateCall, Priority, TokenBatch
 from omnilmm.models.device import apart
 from omnilmm.observe import Observer, PrefillDone, Silent, StepRun
 from omnilmm.ports import Clock
@@ -81,6 +81,9 @@ class EngineLoop:
         self._requests: dict[int, Request] = {}
         self._draining: list[Drain] = []
         self._is_draining = False
+        # Written by whoever posts, cleared by the thread before it reads the inbox. Set too late it gives up a step
+        # that was worth computing, which is done again.
+        self._is_awaited = False
 
     # -- from outside ---------------------------------------------------------------------------------
 
@@ -171,6 +174,7 @@ class EngineLoop:
         with self._gate:
             if self._is_open:
                 self._inbox.put(message)
+                self._is_awaited |= _is_urgent(message)
             return self._is_open
 
     def _submit_load(self, load: Callable[[str], Loaded], name: str) -> Future[Loaded]:
@@ -260,6 +264,7 @@ class EngineLoop:
 
     def _take_messages(self) -> bool:
         """Read the inbox, waiting in it for as long as the engine has nothing to do. False when told to stop."""
+        self._is_awaited = False
         while True:
             has_work = self._engine.has_work
             if not has_work:
@@ -310,7 +315,7 @@ class EngineLoop:
 
     def _step(self) -> None:
         begun = self._clock.monotonic()
-        outputs = self._engine.step()
+        outputs = self._engine.step(lambda: self._is_awaited)
         seconds = self._clock.monotonic() - begun
         # A sequence aborted after its last news was written has no request any more.
         known = [output for output in outputs if output.sequence_id in self._requests]
@@ -389,6 +394,11 @@ class EngineLoop:
             self._forget(sequence_id)
         self._stats = self._engine.stats()
         self._finish_draining()
+
+
+def _is_urgent(message: Message) -> bool:
+    """Whether somebody may wait for what this lets the engine compute."""
+    return isinstance(message, Submit | Supply) and message.request.call.priority is Priority.ONLINE
 
 
 def _late() -> DeadlineExceeded:

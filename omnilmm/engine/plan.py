@@ -5,7 +5,7 @@ A plan holds all the runner needs, so that the runner keeps no state of its own 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from omnilmm.errors import OmniError
@@ -67,10 +67,23 @@ class Needs:
 class Plan:
     rows: tuple[Row, ...] = ()
     needs: tuple[Needs, ...] = ()  # found out while choosing; told to the owner with the step's results
+    yields: bool = False  # nobody waits for these rows: the step may be given up for somebody who comes
 
     @property
     def num_tokens(self) -> int:
         return sum(row.num_tokens for row in self.rows)
+
+
+ShouldYield = Callable[[], bool]
+"""Asked while a step is computed: whether it is to be given up. Cheap, and never blocks."""
+
+
+def never() -> bool:
+    return False
+
+
+class StepYielded(Exception):
+    """A step was given up half-way. Nothing came of it: what it wrote into the pool will be written again."""
 
 
 @dataclass(frozen=True, slots=True)

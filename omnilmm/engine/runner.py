@@ -11,10 +11,11 @@ from torch import Tensor
 from omnilmm.config import EngineConfig
 from omnilmm.engine.backend import Backend, pick_backend
 from omnilmm.engine.batch import Batch, build_batch
-from omnilmm.engine.plan import Drawn, PictureSlice, Plan, Row, StepResult
+from omnilmm.engine.plan import Drawn, PictureSlice, Plan, Row, ShouldYield, StepResult, StepYielded, never
 from omnilmm.engine.sampling import draw_tokens
 from omnilmm.errors import ConfigError, OmniError
 from omnilmm.models.adapters import AdapterPool, TokenRun
+from omnilmm.models.attention import Attend
 from omnilmm.models.decoder import LanguageModel
 from omnilmm.models.device import pin_threads
 
@@ -58,11 +59,14 @@ class ModelRunner:
         return self._model.config.vocab_size
 
     @torch.inference_mode()
-    def run(self, plan: Plan) -> StepResult:
+    def run(self, plan: Plan, should_yield: ShouldYield = never) -> StepResult:
         """Compute a plan's rows and draw where one ends its sequence.
 
         A row with unfit picture vectors is left out, and one whose numbers come out not finite is not drawn from:
         both are in the result's failures, and the other rows are as they would be without them.
+
+        Raises:
+            StepYielded: `should_yield`, which is asked before every layer, said so. Not where a step is one launch.
         """
         if self._is_to_pin:
             self._is_to_pin = False
@@ -71,7 +75,7 @@ class ModelRunner:
         rows = [row for row in plan.rows if row.sequence_id not in failures]
         if not rows:
             return StepResult(failures=failures)
-        batch, hidden, logits = self._compute(rows, vectors)
+        batch, hidden, logits = self._compute(rows, vectors, should_yield)
         is_fit = _is_finite(hidden)
         is_fit[batch.drawing.to(is_fit.device)] &= _is_finite(logits)
         for row, fit in zip(batch.rows, is_fit.tolist(), strict=True):
@@ -105,24 +109,26 @@ class ModelRunner:
         wanted = vectors[picture.first : picture.first + picture.count]
         return wanted.to(self._device, self._dtype)
 
-    def _compute(self, rows: Sequence[Row], vectors: Mapping[int, Sequence[Tensor]]) -> tuple[Batch, Tensor, Tensor]:
+    def _compute(
+        self, rows: Sequence[Row], vectors: Mapping[int, Sequence[Tensor]], should_yield: ShouldYield
+    ) -> tuple[Batch, Tensor, Tensor]:
         """The rows as a batch, their hidden states (num_rows, hidden), and logits (num_drawing, vocab) float32."""
         size = self._kv.block_size
         if self._graphs is not None and self._graphs.can_run(rows):
             batch = build_batch(rows, block_size=size, device=torch.device("cpu"))  # its tensors stay here
             return batch, *self._graphs.run(batch)
         batch = build_batch(rows, block_size=size, device=self._device)
-        hidden = self._forward(batch, vectors)
+        hidden = self._forward(batch, vectors, should_yield)
         return batch, hidden, self._model.logits(hidden[batch.drawing])
 
-    def _forward(self, batch: Batch, vectors: Mapping[int, Sequence[Tensor]]) -> Tensor:
+    def _forward(self, batch: Batch, vectors: Mapping[int, Sequence[Tensor]], should_yield: ShouldYield) -> Tensor:
         """Hidden state of each row's last token, (num_rows, hidden); keys and values of all tokens go to the pool."""
         embeds = self._model.embed(batch.ids)  # (T, hidden)
         for row, first in zip(batch.rows, batch.firsts, strict=True):
             for picture, rows in zip(row.pictures, vectors[row.sequence_id], strict=True):
                 begin = first + picture.offset
                 embeds[begin : begin + picture.count] = rows
-        attend = self._attend_factory(batch, self._kv)
+        attend = _yielding(self._attend_factory(batch, self._kv), should_yield)
         with self._acting(batch):
             return self._model(embeds, batch.positions, attend)[batch.lasts]
 
@@ -144,6 +150,19 @@ class ModelRunner:
             return {}
         drawn = draw_tokens(logits, [row.draw for row in drawing if row.draw is not None])
         return {row.sequence_id: token for row, token in zip(drawing, drawn, strict=True)}
+
+
+def _yielding(attend: Attend, should_yield: ShouldYield) -> Attend:
+    """`attend`, which asks first whether it is still wanted."""
+    if should_yield is never:
+        return attend
+
+    def attend_if_wanted(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if should_yield():
+            raise StepYielded
+        return attend(layer, q, k, v)
+
+    return attend_if_wanted
 
 
 def _is_finite(rows: Tensor) -> Tensor:

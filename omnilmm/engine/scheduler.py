@@ -3,7 +3,8 @@
 Every sequence owes tokens, and a step pays some of them within `max_step_tokens`. Decode and prefill are not modes:
 a sequence that owes one token is about to decode, one that owes many is prefilling. Per priority class, the order is
 decodes, then chunks of prompts that have begun, then sequences from the queue, fairest tenant first. ONLINE has all
-of its turn before BATCH has any, and pushes BATCH out where room is short.
+of its turn before BATCH has any, and pushes BATCH out where room is short. Beside ONLINE tokens BATCH gets a few a
+step; a step that is all BATCH is full, and is given up when somebody ONLINE comes.
 
 A running sequence holds blocks for all its tokens. When there is none for the next, the lowest in rank gives up its
 own and waits; it computes them again later (or finds them in the prefix cache) and goes on with the same tokens.
@@ -49,6 +50,10 @@ class _Draft:
         self.filling.update(digest for _, digest in sequence.fills(row.num_tokens))
         self._rows[sequence.id] = row
         self.budget -= row.num_tokens
+
+    @property
+    def has_rows(self) -> bool:
+        return bool(self._rows)
 
     def rows(self) -> tuple[Row, ...]:
         return tuple(self._rows.values())
@@ -115,6 +120,8 @@ class Scheduler:
         for priority in Priority:
             if priority is Priority.BATCH and draft.reads_online:
                 break  # what a batch adds to a step is added to the time to somebody's first token
+            if priority is Priority.BATCH and draft.has_rows:
+                draft.budget = min(draft.budget, self._config.batch_beside_online)
             self._free_seat(priority)
             running = [sequence for sequence in self._in_rank() if sequence.priority is priority]
             for sequence in running:
@@ -125,7 +132,8 @@ class Scheduler:
                     self._pay_running(sequence, draft)
             may_start = may_start and self._start_waiting(priority, draft)
         needs, self._needs = tuple(self._needs), []
-        return Plan(rows=draft.rows(), needs=needs)
+        rows = draft.rows()
+        return Plan(rows, needs, yields=all(self._running[r.sequence_id].priority is Priority.BATCH for r in rows))
 
     def _pay_running(self, sequence: Sequence, draft: _Draft) -> None:
         # An earlier one in the same draft may have pushed it out.

@@ -102,8 +102,8 @@ class Batch:
     """B rows, T tokens in all, side by side, as the language model takes them; the last few may be filler.
 
     `slots` (T,) are places in a (B, longest) rectangle; `visible` (B, 1, longest, longest) bool says there who may
-    see whom (places without a token, and filler, see only themselves). Picture vectors (P * num_query, hidden), in the order
-    `picture_rows`, go to tokens `picture_tokens`. `squares` is (P, side, side, 3) uint8.
+    see whom (places without a token, and filler, see only themselves). Picture vectors (P * num_query, hidden), in the
+    order `picture_rows`, go to tokens `picture_tokens`. `squares` is (P, side, side, 3) uint8.
     """
 
     ids: Tensor

@@ -13,7 +13,7 @@ from grammar_fakes import allowed_after, start_matcher
 
 from omnilmm.config import EngineConfig
 from omnilmm.engine.engine import Engine, Failed, Output, Ticket, Tokens
-from omnilmm.engine.plan import Draw, Drawn, Needs, Plan, StepResult
+from omnilmm.engine.plan import Draw, Drawn, Needs, Plan, ShouldYield, StepResult, never
 from omnilmm.engine.runner import ModelRunner
 from omnilmm.engine.sampling import draw_tokens
 from omnilmm.errors import OmniError
@@ -166,8 +166,8 @@ class Driver:
         self.engine.check_integrity()
         return ticket.sequence_id
 
-    def step(self) -> list[Output]:
-        outputs = self.engine.step()
+    def step(self, should_yield: ShouldYield = never) -> list[Output]:
+        outputs = self.engine.step(should_yield)
         self.engine.check_integrity()
         for output in outputs:
             self.answers[output.sequence_id].add(output)
@@ -187,6 +187,17 @@ class Driver:
         return [self.answers[sequence_id] for sequence_id in ids]
 
 
+class YieldAfter:
+    """Says that a step is to be given up when it is asked for the n-th time, and never again."""
+
+    def __init__(self, num_asked: int) -> None:
+        self.num_left = num_asked
+
+    def __call__(self) -> bool:
+        self.num_left -= 1
+        return self.num_left == 0
+
+
 class RecordingRunner:
     """A model runner that keeps the plans it ran."""
 
@@ -198,10 +209,10 @@ class RecordingRunner:
     def vocab_size(self) -> int:
         return self._runner.vocab_size
 
-    def run(self, plan: Plan) -> StepResult:
+    def run(self, plan: Plan, should_yield: ShouldYield = never) -> StepResult:
         if plan.rows:
             self.plans.append(plan)
-        return self._runner.run(plan)
+        return self._runner.run(plan, should_yield)
 
     def computed(self, sequence_id: int) -> int:
         """Tokens computed for a sequence so far."""
@@ -232,7 +243,7 @@ class PaperRunner:
         self.plans: list[Plan] = []
         self._token_id = token_id
 
-    def run(self, plan: Plan) -> StepResult:
+    def run(self, plan: Plan, should_yield: ShouldYield = never) -> StepResult:
         self.plans.append(plan)
         return StepResult({row.sequence_id: Drawn(self._token_id) for row in plan.rows if row.draw is not None})
 

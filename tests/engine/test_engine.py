@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from engine_fakes import VOCAB, all_ids, lone_run, make_call, make_driver, make_ids, make_vectors, recorded_driver
+from engine_fakes import (
+    VOCAB,
+    YieldAfter,
+    all_ids,
+    lone_run,
+    make_call,
+    make_driver,
+    make_ids,
+    make_vectors,
+    recorded_driver,
+)
 
 from omnilmm.errors import ContextLengthExceeded, InvalidRequest
 from omnilmm.messages import FinishReason, Prefill, Priority, Sampling
@@ -288,6 +298,28 @@ def test_stats_add_up(model):
     assert stats.blocks_total == 64
     assert stats.num_steps == 5 + 5
     assert (stats.last_step_sequences, stats.last_step_tokens) == (1, 1)
+
+
+def test_a_step_given_up_half_way_changes_no_token(model):
+    driver = make_driver(model, max_step_tokens=8)
+    calls = [make_call(6, seed=n, max_tokens=6, priority=Priority.BATCH) for n in range(3)]
+    ids = [driver.submit(call) for call in calls]
+    for _ in range(6):
+        assert driver.step(YieldAfter(2)) == []  # in front of the second of two layers
+        driver.step()
+    driver.finish()
+    assert [driver.answers[n].ids for n in ids] == [lone_run(model, call) for call in calls]
+    assert driver.engine.stats().num_yielded == 6
+
+
+def test_a_step_that_somebody_waits_for_is_never_given_up(model):
+    driver = make_driver(model)
+    driver.submit(make_call(6, max_tokens=4, priority=Priority.BATCH))
+    driver.submit(make_call(6, seed=1, max_tokens=4))
+    driver.step(YieldAfter(1))
+    assert driver.engine.stats().num_yielded == 0
+    assert driver.engine.stats().num_steps == 1
+    driver.finish()
 
 
 def test_waiting_is_counted_by_class(model):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import aclosing
 from dataclasses import replace
@@ -15,7 +16,7 @@ from grammar_fakes import ANY_OBJECT, RECORD, formed, the_compiler
 from omnilmm.engine.engine import Engine
 from omnilmm.engine.grammar import Matcher
 from omnilmm.engine.loop import NUM_COMPILERS, EngineLoop
-from omnilmm.engine.plan import Plan, StepResult
+from omnilmm.engine.plan import Plan, ShouldYield, StepResult, StepYielded, never
 from omnilmm.engine.runner import ModelRunner
 from omnilmm.engine.schema_check import GrammarLimits
 from omnilmm.errors import (
@@ -26,7 +27,7 @@ from omnilmm.errors import (
     Overloaded,
     ReplicaLost,
 )
-from omnilmm.messages import Embedding, FinishReason, GenerateCall, Sampling, TokenBatch
+from omnilmm.messages import Embedding, FinishReason, GenerateCall, Priority, Sampling, TokenBatch
 from omnilmm.observe import Event, PrefillDone, StepRun
 
 PATIENCE_S = 30  # nothing here may hang
@@ -42,11 +43,11 @@ class Gate(PaperRunner):
         self.arrived = threading.Semaphore(0)
         self.is_open = False
 
-    def run(self, plan: Plan) -> StepResult:
+    def run(self, plan: Plan, should_yield: ShouldYield = never) -> StepResult:
         if plan.rows and not self.is_open:
             self.arrived.release()
             assert self.allowed.acquire(timeout=PATIENCE_S), "the test forgot the gate"
-        return super().run(plan)
+        return super().run(plan, should_yield)
 
     def open(self) -> None:
         self.is_open = True
@@ -58,10 +59,30 @@ class Gate(PaperRunner):
 
 
 class Crash(PaperRunner):
-    def run(self, plan: Plan) -> StepResult:
+    def run(self, plan: Plan, should_yield: ShouldYield = never) -> StepResult:
         if plan.rows:
             raise RuntimeError("the runner broke")
-        return super().run(plan)
+        return super().run(plan, should_yield)
+
+
+class Patient(PaperRunner):
+    """A runner whose steps of BATCH alone end only when they are told to yield, as often as is asked for."""
+
+    def __init__(self, num_yields: int) -> None:
+        super().__init__()
+        self.begun = threading.Semaphore(0)
+        self.num_left = num_yields
+
+    def run(self, plan: Plan, should_yield: ShouldYield = never) -> StepResult:
+        if plan.rows and plan.yields and self.num_left:
+            self.num_left -= 1
+            self.begun.release()
+            end = time.monotonic() + PATIENCE_S
+            while not should_yield():
+                assert time.monotonic() < end, "nobody told it to yield"
+                time.sleep(0.001)
+            raise StepYielded
+        return super().run(plan, should_yield)
 
 
 class SlowCompiler:
@@ -130,6 +151,35 @@ async def collect(loop: EngineLoop, call: GenerateCall, fetch=fetch_nothing) -> 
 
 def ids_of(batches: list[TokenBatch]) -> tuple[int, ...]:
     return tuple(token_id for batch in batches for token_id in batch.ids)
+
+
+# -- classes ------------------------------------------------------------------------------------------
+
+
+async def test_a_step_of_a_batch_is_given_up_for_somebody_who_comes(make_loop):
+    patient = Patient(num_yields=2)
+    loop = make_loop(patient)
+    batch = asyncio.ensure_future(collect(loop, make_call(6, max_tokens=4, priority=Priority.BATCH)))
+    answers = []
+    for seed in (1, 2):
+        assert await asyncio.to_thread(patient.begun.acquire, timeout=PATIENCE_S)
+        answers.append(await collect(loop, make_call(6, seed=seed, max_tokens=2)))
+    assert [len(ids_of(batches)) for batches in answers] == [2, 2]
+    assert len(ids_of(await batch)) == 4
+    assert loop.stats().num_yielded == 2
+
+
+async def test_a_step_of_a_batch_goes_on_when_more_of_the_batch_comes(make_loop):
+    patient = Patient(num_yields=1)
+    loop = make_loop(patient)
+    first = asyncio.ensure_future(collect(loop, make_call(6, max_tokens=4, priority=Priority.BATCH)))
+    assert await asyncio.to_thread(patient.begun.acquire, timeout=PATIENCE_S)
+    second = asyncio.ensure_future(collect(loop, make_call(6, seed=1, max_tokens=4, priority=Priority.BATCH)))
+    await asyncio.sleep(0.05)  # it has posted, and a step that heard of it would have ended
+    assert loop.stats().num_yielded == 0
+    await collect(loop, make_call(6, seed=2, max_tokens=2))
+    assert len(ids_of(await first)) == len(ids_of(await second)) == 4
+    assert loop.stats().num_yielded == 1
 
 
 # -- streams ------------------------------------------------------------------------------------------

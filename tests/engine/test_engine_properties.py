@@ -9,7 +9,17 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 import pytest
-from engine_fakes import CONFIG, Driver, lone_run, make_call, make_driver, make_ids, make_model, make_vectors
+from engine_fakes import (
+    CONFIG,
+    Driver,
+    YieldAfter,
+    lone_run,
+    make_call,
+    make_driver,
+    make_ids,
+    make_model,
+    make_vectors,
+)
 from grammar_fakes import ANY_OBJECT, RECORD, formed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -52,6 +62,13 @@ class Supply:
 @dataclass(frozen=True)
 class Steps:
     count: int
+
+
+@dataclass(frozen=True)
+class Yield:
+    """A step that is given up before its n-th layer, if nobody waits for any of its rows."""
+
+    num_asked: int
 
 
 @st.composite
@@ -97,6 +114,7 @@ EVENTS = st.one_of(
     st.builds(Submit, calls(), st.booleans()),
     st.builds(Submit, calls(), st.just(True)),
     st.builds(Steps, st.integers(1, 6)),
+    st.builds(Yield, st.integers(1, 2)),
     st.builds(Abort, st.integers(0, 11)),
     st.builds(Supply, st.integers(0, 11)),
 )
@@ -121,7 +139,7 @@ class Story:
         self.supplied: dict[int, set[str]] = {}
         self.aborted: set[int] = set()
 
-    def play(self, event: Submit | Abort | Supply | Steps) -> None:
+    def play(self, event: Submit | Abort | Supply | Steps | Yield) -> None:
         match event:
             case Submit(call, with_vectors):
                 self.submit(call, with_vectors)
@@ -134,6 +152,8 @@ class Story:
             case Steps(count):
                 for _ in range(count):
                     self.driver.step()
+            case Yield(num_asked):
+                self.driver.step(YieldAfter(num_asked))
 
     def submit(self, call: GenerateCall, with_vectors: bool) -> None:
         bare = call if with_vectors else replace(call, images=tuple(replace(i, embedding=None) for i in call.images))

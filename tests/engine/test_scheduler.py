@@ -112,6 +112,22 @@ def test_a_batch_sits_out_while_an_online_prompt_is_read():
     assert len(driver.answers[0].ids) == 20
 
 
+def test_a_batch_adds_little_to_the_steps_of_people_and_fills_its_own():
+    driver, runner = paper_driver(max_step_tokens=32, max_sequences=16, batch_beside_online=3)
+    for seed in range(8):
+        driver.submit(make_call(4, seed=seed, max_tokens=20, **BATCH))
+    driver.step()
+    driver.step()
+    assert (len(runner.last()), runner.plans[-1].yields) == (8, True)
+    online = driver.submit(make_call(4, seed=8, max_tokens=3))
+    paid = []
+    for _ in range(4):
+        driver.step()
+        paid.append((online in runner.last(), len(runner.last()), runner.plans[-1].yields))
+    assert paid == [(True, 1, False), (True, 1 + 3, False), (True, 1 + 3, False), (False, 8, True)]
+    driver.finish()
+
+
 def test_a_tenant_that_has_every_seat_gives_some_up():
     driver, runner = paper_driver(max_sequences=8, max_waiting=64)
     for seed in range(12):
