@@ -6,7 +6,8 @@ A server is started as `omnilmm serve` starts it. Online requests (64 tokens in,
 fixed times, whether or not the ones before have been answered; the time from sending to the first text is noted.
 
     alone    nothing else runs
-    beside   a batch of far more lines than can be decoded at a time runs through /v1/batches
+    beside   a batch of far more lines than can be decoded at a time runs through /v1/batches; what it gets done
+             meanwhile is noted too
     batch    nobody is online: lines of the batch answered a second, by its journal, in tokens written
 
 Then the server is stopped, and the engine alone is given the same lines in this process: its own maximum.
@@ -87,8 +88,8 @@ def batch_lines(maker: PromptMaker, args: argparse.Namespace) -> bytes:
     return b"".join(lines)
 
 
-async def measure_server(args: argparse.Namespace) -> tuple[list[float], list[float], float]:
-    """Seconds to first text alone and beside a batch, and the batch's tokens a second with nobody online."""
+async def measure_server(args: argparse.Namespace) -> tuple[list[float], list[float], float, float]:
+    """Seconds to first text alone and beside a batch, and the batch's tokens a second with nobody online, and then."""
     short, long = PromptMaker(args.model, num_tokens=64), PromptMaker(args.model, num_tokens=128)
     lines = batch_lines(long, args)
     with tempfile.TemporaryDirectory() as scratch:
@@ -101,11 +102,13 @@ async def measure_server(args: argparse.Namespace) -> tuple[list[float], list[fl
             await asyncio.sleep(WARM_S)
             before, begun = batch.num_answered(), time.perf_counter()
             await asyncio.sleep(args.idle_s)
-            rate = (batch.num_answered() - before) * args.tokens / (time.perf_counter() - begun)
+            middle, met = batch.num_answered(), time.perf_counter()
             beside = await first_texts(server, short, args, seed=3)
+            after, ended = batch.num_answered(), time.perf_counter()
             batch.check_running()
             batch.cancel()
-    return alone, beside, rate
+    idle_rate, shared_rate = (middle - before) / (met - begun), (after - middle) / (ended - met)
+    return alone, beside, idle_rate * args.tokens, shared_rate * args.tokens
 
 
 async def measure_engine(args: argparse.Namespace) -> float:
@@ -121,7 +124,9 @@ def percentile(values: list[float], share: float) -> float:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))]
 
 
-def report(args: argparse.Namespace, alone: list[float], beside: list[float], rate: float, engine: float) -> str:
+def report(
+    args: argparse.Namespace, alone: list[float], beside: list[float], rate: float, shared: float, engine: float
+) -> str:
     rows = [
         f"| {name} | {1000 * percentile(v, 0.5):.0f} | {1000 * percentile(v, 0.99):.0f} | {1000 * max(v):.0f} |"
         for name, v in (("alone", alone), ("beside a batch", beside))
@@ -140,6 +145,7 @@ def report(args: argparse.Namespace, alone: list[float], beside: list[float], ra
             f"p99 beside / alone     {percentile(beside, 0.99) / percentile(alone, 0.99):.2f}",
             f"median beside / alone  {percentile(beside, 0.5) / percentile(alone, 0.5):.2f}",
             f"batch, nobody online   {rate:.1f} tok/s",
+            f"batch, beside online   {shared:.1f} tok/s",
             f"engine alone           {engine:.1f} tok/s",
             f"batch / engine         {rate / engine:.3f}",
         )
@@ -157,8 +163,8 @@ def main() -> None:
     parser.add_argument("--idle-s", type=float, default=20.0)
     parser.add_argument("--concurrency", type=int, default=64, help="sequences the engine decodes at a time")
     args = parser.parse_args()
-    alone, beside, rate = asyncio.run(measure_server(args))
-    print(report(args, alone, beside, rate, asyncio.run(measure_engine(args))))
+    alone, beside, rate, shared = asyncio.run(measure_server(args))
+    print(report(args, alone, beside, rate, shared, asyncio.run(measure_engine(args))))
 
 
 if __name__ == "__main__":

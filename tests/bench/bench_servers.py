@@ -1,9 +1,10 @@
-"""The two servers that are measured through HTTP: started here on loopback, ended here by process id."""
+"""The servers that are measured through HTTP: started here on loopback, ended here by process id."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -24,6 +25,10 @@ from omnilmm.tenancy.keys import new_key
 START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 60.0
 MODEL = "bench"
+
+
+class NotStarted(RuntimeError):
+    """A server ended before it was ready, or was not ready in time; says what it printed last."""
 
 
 class Server:
@@ -57,17 +62,21 @@ class Server:
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
-                raise RuntimeError(f"{self.command[0]} ended before it was ready:\n{self._log_tail()}")
+                raise NotStarted(f"{self.command[0]} ended before it was ready:\n{self._log_tail()}")
             try:
                 if httpx.get(self.base + self._ready_path, timeout=5).status_code == 200:
                     return
             except httpx.TransportError:
                 pass
             time.sleep(0.5)
-        raise RuntimeError(f"{self.command[0]} is not ready after {START_TIMEOUT_S:.0f} s:\n{self._log_tail()}")
+        raise NotStarted(f"{self.command[0]} is not ready after {START_TIMEOUT_S:.0f} s:\n{self._log_tail()}")
+
+    def printed(self) -> str:
+        """All it has printed since it was started."""
+        return self._log.read_text(errors="replace")
 
     def _log_tail(self) -> str:
-        return "\n".join(self._log.read_text(errors="replace").splitlines()[-15:])
+        return "\n".join(self.printed().splitlines()[-15:])
 
     def _stop(self) -> None:
         family = self.processes()
@@ -116,10 +125,11 @@ class Server:
                     yield usage.get("completion_tokens", 0), text
 
 
-def omnilmm_server(checkpoint: Path, dtype: str, scratch: Path) -> Server:
-    """`omnilmm serve` with its defaults; an API key because that is how it is run in earnest."""
+def omnilmm_server(checkpoint: Path, dtype: str, scratch: Path, *, threads: int = 0) -> Server:
+    """`omnilmm serve` with its defaults; an API key because that is how it is run in earnest. `threads` are those of
+    the engine, 0 for as many as there are cores."""
     port, (key, digest) = _free_port(), new_key()
-    models = [{"name": MODEL, "path": str(checkpoint), "dtype": dtype}]
+    models = [{"name": MODEL, "path": str(checkpoint), "dtype": dtype, "decoder": {"torch_threads": threads}}]
     keys = [{"tenant": "bench", "sha256": digest}]
     config = scratch / "serve_config.yaml"
     args = {"models": models, "keys": keys, "cache": {"redis": "none"}}
@@ -141,6 +151,21 @@ def vllm_server(venv: Path, checkpoint: Path, dtype: str, num_cores: int, scratc
         "VLLM_NO_USAGE_STATS": "1",
     }
     return Server(command, port=port, ready_path="/health", log=scratch / "vllm.log", env=env, key=None)
+
+
+def vllm_vision_server(venv: Path, checkpoint: Path, dtype: str, num_cores: int, scratch: Path) -> Server:
+    """The same for a model that takes pictures: caches of prefixes, of pictures and of their vectors as vLLM sets them.
+
+    It also prints a line per step, which is the one place where it says how many pictures it encoded.
+    """
+    server = vllm_server(venv, checkpoint, dtype, num_cores, scratch)
+    server.command.append("--enable-logging-iteration-details")
+    return server
+
+
+def num_vllm_encodes(printed: str) -> int:
+    """Pictures that went through the encoder, by the lines of `--enable-logging-iteration-details`."""
+    return sum(map(int, re.findall(r"Iteration\(\d+\):.*\bencoder inputs: (\d+)", printed)))
 
 
 def _free_port() -> int:
