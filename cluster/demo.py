@@ -109,8 +109,8 @@ def demo_picture() -> bytes:
     """A PNG file of 320 x 240 pixels: a red circle on the left and a blue square on the right, on white."""
     picture = Image.new("RGB", (320, 240), "white")
     pen = ImageDraw.Draw(picture)
-    pen.ellipse((30, 60, 150, 180), fill="red")
-    pen.rectangle((180, 70, 280, 170), fill="blue")
+    pen.ellipse((52, 82, 128, 158), fill="red")
+    pen.rectangle((192, 86, 260, 154), fill="blue")
     file = io.BytesIO()
     picture.save(file, format="PNG")
     return file.getvalue()

@@ -287,5 +287,5 @@ def test_the_picture_shows_a_red_circle_and_a_blue_square() -> None:
     assert (picture.format, picture.mode, picture.size) == ("PNG", "RGB", (320, 240))
     assert picture.getpixel((90, 120)) == (255, 0, 0)
     assert picture.getpixel((230, 120)) == (0, 0, 255)
-    assert picture.getpixel((33, 63)) == (255, 255, 255)  # outside the circle, inside its box
-    assert picture.getpixel((183, 73)) == (0, 0, 255)  # the square has its corners
+    assert picture.getpixel((55, 85)) == (255, 255, 255)  # outside the circle, inside its box
+    assert picture.getpixel((194, 88)) == (0, 0, 255)  # the square has its corners
