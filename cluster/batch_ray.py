@@ -157,7 +157,7 @@ class _Decode:
 
 
 def parcel_schema() -> pyarrow.Schema:
-    """Of `batch_stages.Parcel`."""
+    """Of `batch_parcels.Parcel`."""
     import pyarrow as arrow
 
     line = {"number": arrow.int64(), "endpoint": arrow.string(), "custom_id": arrow.string()}

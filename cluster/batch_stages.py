@@ -1,24 +1,33 @@
 """The pipeline cut in two for a batch on many machines: one stage reads and encodes pictures, one decodes answers.
 
-Between them travel parcels: some lines, the pictures' files they need, and the vectors of those, each once however many
-lines ask about it. The decode stage runs the whole flow and answers as one process would; only its two ports to the
-world of pixels (`ImagePreparer`, `Encoder`) hand out what the parcel brought. A parcel is plain dicts of plain values.
-Nothing here knows Ray.
+Between them travel parcels (`batch_parcels`). The decode stage runs the whole flow and answers as one process would;
+only its two ports to the world of pixels (`ImagePreparer`, `Encoder`) hand out what the parcel brought. Nothing here
+knows Ray.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import logging
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from cluster.batch_parcels import (
+    Carried,
+    CarriedPixels,
+    CarriedVectors,
+    Made,
+    Opened,
+    Parcel,
+    digest_of,
+    embedding_of,
+    file_name,
+    pack,
+    shorten,
+)
 from cluster.batch_service import TENANT, Load, LocalService, open_reader
 from omnilmm.api.endpoints import ENDPOINTS
 from omnilmm.batch.offline import answer_row
@@ -29,15 +38,15 @@ from omnilmm.batch.sources import Row
 from omnilmm.cache.key import KeyRing
 from omnilmm.cache.store import open_store
 from omnilmm.card import ModelCard
-from omnilmm.config import CacheConfig, EncoderConfig, ImageLimits, ImagePolicy
+from omnilmm.config import CacheConfig, EncoderConfig, ImageLimits
 from omnilmm.encoder.encode import VisionEncoder
 from omnilmm.encoder.loop import EncoderLoop
 from omnilmm.engine.grammar import GrammarCompiler
-from omnilmm.errors import NotFound, OmniError, ReplicaLost
+from omnilmm.errors import OmniError
 from omnilmm.flow import ChatFlow
-from omnilmm.gathering import Gatherer, Picture
+from omnilmm.gathering import Gatherer
 from omnilmm.image.pool import InlinePreparer
-from omnilmm.messages import Embedding, Encoded, ImagePart, ImageSource, PixelIdentity, PreparedImage
+from omnilmm.messages import ImagePart, ImageSource
 from omnilmm.models.checkpoint import resolve_checkpoint
 from omnilmm.models.config import read_model_config
 from omnilmm.models.device import pick_device
@@ -45,17 +54,12 @@ from omnilmm.models.packed import load_for_decoding
 from omnilmm.models.weights import encoder_fingerprint, load_encoder
 from omnilmm.observe import Silent
 from omnilmm.pipeline import LocalDecoder, LocalEncoder, SystemClock, read_card, start_engine
-from omnilmm.ports import EmbeddingStore
 from omnilmm.retries import Deadline, Retries, RetryBudget
 
 MAX_READING = 32
 """Lines of which the encode stage reads pictures at a time."""
 ENCODE_TIMEOUT_S = 600.0
 NOWHERE = Place(b"", b"", b"", "")
-
-Parcel = Mapping[str, Any]
-"""`lines` (number, endpoint, custom_id, body or refused), `files` (name, data), `pictures` (what each file shows, and
-the key of its vectors), `vectors` (key and Embedding; `is_fresh` where they were made for this parcel)."""
 
 _log = logging.getLogger(__name__)
 
@@ -94,14 +98,14 @@ class EncodeStage:
     async def pack(self, rows: Sequence[Row], *, max_lines: int) -> list[Parcel]:
         """Parcels of at most so many lines. A picture that lines of several of them need goes with each."""
         opened = await asyncio.gather(*map(self._open, rows))
-        files = {_digest(data): data for line in opened for data in line.files}
+        files = {digest_of(data): data for line in opened for data in line.files}
         found = await asyncio.gather(*map(self._encode, files.values()))
         pictures = {digest: picture for digest, picture in zip(files, found, strict=True) if picture is not None}
         parcels = []
         fresh = {picture.picture.key for picture in pictures.values() if picture.picture.source is ImageSource.ENCODED}
         for first in range(0, len(opened), max_lines):
             lines = opened[first : first + max_lines]
-            parcel = _parcel(lines, pictures, fresh)
+            parcel = pack(lines, pictures, fresh)
             fresh -= {vector["key"] for vector in parcel["vectors"]}
             parcels.append(parcel)
         return parcels
@@ -112,10 +116,10 @@ class EncodeStage:
         await self._store.aclose()
         await self._reader.aclose()
 
-    async def _open(self, row: Row) -> _Opened:
+    async def _open(self, row: Row) -> Opened:
         request_id = secrets.token_hex(16)
 
-        async def attempt() -> _Opened:
+        async def attempt() -> Opened:
             try:
                 return await self._read(row)
             except OmniError:
@@ -127,9 +131,9 @@ class EncodeStage:
         try:
             return await self._pace.run(attempt)
         except OmniError as error:
-            return _Opened(row, refused=refused(row.custom_id, request_id, error))
+            return Opened(row, refused=refused(row.custom_id, request_id, error))
 
-    async def _read(self, row: Row) -> _Opened:
+    async def _read(self, row: Row) -> Opened:
         """The body, its pictures' files taken out of it. Raises OmniError, as it would be refused over HTTP."""
         document = row.body()
         body = ENDPOINTS[row.endpoint](document)
@@ -141,9 +145,9 @@ class EncodeStage:
             raise
         names = {reference: file_name(files[param]) for reference, param in references}
         shortened = json.dumps(shorten(document, names)).encode()
-        return _Opened(row, body=shortened, files=tuple(files[param] for _, param in references))
+        return Opened(row, body=shortened, files=tuple(files[param] for _, param in references))
 
-    async def _encode(self, data: bytes) -> _Made | None:
+    async def _encode(self, data: bytes) -> Made | None:
         """The picture and its vectors; None where there are none to be had, of which the decode stage learns why."""
         if self._gatherer is None:
             return None
@@ -155,63 +159,7 @@ class EncodeStage:
             embedding = picture.embedding or await self._store.get(picture.key)
         except OmniError:
             return None
-        return None if embedding is None else _Made(data, picture, embedding)
-
-
-@dataclass(frozen=True, slots=True)
-class _Opened:
-    """A row that was read: its shortened body and its pictures' files, or the line of its refusal."""
-
-    row: Row
-    body: bytes | None = None
-    files: tuple[bytes, ...] = ()
-    refused: bytes | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Made:
-    data: bytes
-    picture: Picture
-    embedding: Embedding
-
-
-def _parcel(lines: Sequence[_Opened], made: Mapping[bytes, _Made], fresh: set[str]) -> Parcel:
-    files = {_digest(data): data for line in lines for data in line.files}
-    mine = {digest: made[digest] for digest in files if digest in made}
-    by_key = {entry.picture.key: entry for entry in mine.values()}
-    return {
-        "lines": [
-            {
-                "number": line.row.number,
-                "endpoint": line.row.endpoint,
-                "custom_id": line.row.custom_id,
-                "body": line.body,
-                "refused": line.refused,
-            }
-            for line in lines
-        ],
-        "files": [{"name": file_name(data), "data": data} for data in files.values()],
-        "pictures": [_shown(digest, entry.picture) for digest, entry in mine.items()],
-        "vectors": [
-            {
-                "key": key,
-                "dtype": entry.embedding.dtype,
-                "rows": entry.embedding.shape[0],
-                "columns": entry.embedding.shape[1],
-                "data": entry.embedding.data,
-                "seconds": entry.picture.encode_s,
-                "is_fresh": key in fresh,
-            }
-            for key, entry in by_key.items()
-        ],
-    }
-
-
-def _shown(file_digest: bytes, picture: Picture) -> dict[str, Any]:
-    identity = picture.identity
-    assert identity is not None
-    shows = {"digest": identity.digest, "width": identity.width, "height": identity.height}
-    return {"file": file_digest, "key": picture.key, **shows}
+        return None if embedding is None else Made(picture, embedding)
 
 
 class DecodeStage:
@@ -232,12 +180,12 @@ class DecodeStage:
         grammars = GrammarCompiler(card.template.tokenizer, vocab_size=card.vocab_size)
         self._loop = start_engine(language, engine, Silent(), grammars=grammars)
         self._store = open_store(CacheConfig(), secret=secret, observer=Silent(), clock=SystemClock(), sole=True)
-        self._carried = _Carried()
+        self._carried = Carried()
         flow = ChatFlow(
             card,
-            preparer=_CarriedPixels(self._carried),
+            preparer=CarriedPixels(self._carried),
             store=self._store,
-            encoder=_CarriedVectors(self._carried, self._store),
+            encoder=CarriedVectors(self._carried, self._store),
             decoder=LocalDecoder(self._loop, self._store),
             keys=KeyRing(secret),
             limits=ImageLimits(),
@@ -252,7 +200,7 @@ class DecodeStage:
         with self._carried.holding(parcel):
             for vector in parcel["vectors"]:
                 if not vector["is_fresh"]:
-                    await self._store.put(vector["key"], _embedding(vector), seconds=vector["seconds"])
+                    await self._store.put(vector["key"], embedding_of(vector), seconds=vector["seconds"])
             return list(await asyncio.gather(*map(self._answer_line, parcel["lines"])))
 
     async def aclose(self) -> None:
@@ -267,95 +215,6 @@ class DecodeStage:
         row = Row(line["number"], line["custom_id"], line["endpoint"], NOWHERE, body)
         done = await answer_row(row, self._service.ask, self._pace)
         return {"number": line["number"], "is_success": done.body is not None, "result": done.result}
-
-
-class _Carried:
-    """What the parcels at hand brought along. Reads pictures' files for requests (`image.reader.FileReader`)."""
-
-    def __init__(self) -> None:
-        self._parcels: list[tuple[dict[str, bytes], dict[bytes, PixelIdentity], dict[str, Mapping[str, Any]]]] = []
-
-    @contextmanager
-    def holding(self, parcel: Parcel) -> Iterator[None]:
-        files = {file["name"]: file["data"] for file in parcel["files"]}
-        shown = {p["file"]: PixelIdentity(p["digest"], p["width"], p["height"]) for p in parcel["pictures"]}
-        held = files, shown, {vector["key"]: vector for vector in parcel["vectors"]}
-        self._parcels.append(held)
-        try:
-            yield
-        finally:
-            self._parcels = [other for other in self._parcels if other is not held]
-
-    async def read(self, tenant: str, file_id: str) -> bytes:
-        for files, _, _ in self._parcels:
-            if file_id in files:
-                return files[file_id]
-        raise NotFound("There is no such file.", code="file_not_found")
-
-    def try_identity(self, data: bytes) -> PixelIdentity | None:
-        digest = _digest(data)
-        return next((shown[digest] for _, shown, _ in self._parcels if digest in shown), None)
-
-    def try_vector(self, key: str) -> Mapping[str, Any] | None:
-        return next((vectors[key] for _, _, vectors in self._parcels if key in vectors), None)
-
-
-class _CarriedPixels:
-    """ports.ImagePreparer that knows what a picture shows without its pixels. One that could not be encoded is decoded
-    here after all, to be refused for what is wrong with it."""
-
-    def __init__(self, carried: _Carried) -> None:
-        self._carried, self._inline = carried, InlinePreparer(ImageLimits())
-
-    async def prepare(self, data: bytes, *, policy: ImagePolicy, param: str) -> PreparedImage:
-        identity = self._carried.try_identity(data)
-        if identity is None:
-            return await self._inline.prepare(data, policy=policy, param=param)
-        return PreparedImage(identity, policy.side, b"")
-
-
-class _CarriedVectors:
-    """ports.Encoder that encodes nothing."""
-
-    def __init__(self, carried: _Carried, store: EmbeddingStore) -> None:
-        self._carried, self._store = carried, store
-
-    async def encode(
-        self, picture: PreparedImage, *, key: str, by_value: bool, timeout_s: float, keep: bool = True
-    ) -> Encoded:
-        vector = self._carried.try_vector(key)
-        if vector is None:
-            raise ReplicaLost("The picture could not be encoded.")
-        embedding, seconds = _embedding(vector), float(vector["seconds"])
-        stored = await self._store.put(key, embedding, seconds=seconds)
-        return Encoded(embedding if by_value or not stored else None, stored=stored, seconds=seconds)
-
-
-def shorten(value: Any, names: Mapping[str, str]) -> Any:
-    """A body in which references to pictures are replaced by the names of their files."""
-    if isinstance(value, list):
-        return [shorten(item, names) for item in value]
-    if not isinstance(value, Mapping):
-        return value
-    return {
-        key: names.get(item, item)
-        if key in ("url", "image_url", "file_id") and isinstance(item, str)
-        else shorten(item, names)
-        for key, item in value.items()
-    }
-
-
-def file_name(data: bytes) -> str:
-    """An id as uploaded files have them."""
-    return f"file-{_digest(data).hex()}"
-
-
-def _digest(data: bytes) -> bytes:
-    return hashlib.sha256(data).digest()
-
-
-def _embedding(vector: Mapping[str, Any]) -> Embedding:
-    return Embedding(vector["dtype"], (vector["rows"], vector["columns"]), vector["data"])
 
 
 def _read_card(load: Load, *, max_context: int | None = None) -> ModelCard:

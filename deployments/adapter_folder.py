@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from omnilmm.errors import CheckpointError, ConfigError, InvalidRequest, NotFound, Overloaded, PayloadTooLarge
+from omnilmm.files.blobs import sync_folder
 from omnilmm.models.adapter_files import CONFIG_FILE, NAME, AdapterCatalog, AdapterFacts
 from omnilmm.models.adapter_header import WEIGHTS_FILE
 
@@ -174,10 +175,10 @@ class AdapterFolder:
             raise InvalidRequest(error.message, code="invalid_adapter") from None
         record = Record(facts.digest, facts.rank, facts.num_bytes, int(time.time()), tenants)
         _write(incoming.folder / RECORD_FILE, json.dumps(asdict(record)).encode())
-        _sync(incoming.folder)
+        sync_folder(incoming.folder)
         try:
             incoming.folder.rename(self._folder / name)  # fails if there is a folder that holds something
-            _sync(self._folder)
+            sync_folder(self._folder)
         except OSError:
             if (self._folder / name).exists():
                 raise InvalidRequest(
@@ -199,7 +200,7 @@ class AdapterFolder:
         gone = self._folder / f"{_OUTGOING}{secrets.token_hex(8)}"
         try:
             folder.rename(gone)
-            _sync(self._folder)
+            sync_folder(self._folder)
         except FileNotFoundError:
             raise NotFound("There is no uploaded adapter of this name.", code="adapter_not_found") from None
         except OSError:
@@ -223,14 +224,6 @@ def _write(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
     except OSError:
         raise _full() from None
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _full() -> Overloaded:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from typing import Any, Final, Protocol
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 
 from deployments.adapter_folder import AdapterFolder, Incoming, Record
 from deployments.adapters import AdapterHost, Found
+from deployments.admin_lock import Locked, admin_lock
 from deployments.database import blocking
 from deployments.multipart import Form, receive_form
 from omnilmm.errors import ConfigError, InvalidRequest, NotFound, PayloadTooLarge
-from omnilmm.tenancy.keys import AdminKeys, KeyBook
+from omnilmm.tenancy.keys import KeyBook
 from omnilmm.tenancy.profile import check_name
 
 MAX_SETTINGS_BYTES: Final = 16 * 1024
@@ -24,11 +25,9 @@ _MAX_AROUND_BYTES: Final = 128 * 1024  # of a form, beside the file
 _MAX_TENANTS: Final = 100
 
 
-class AdapterService(Protocol):
+class AdapterService(Locked, Protocol):
     """What the routes need of the router. `adapters` are by the model's name."""
 
-    keys: KeyBook
-    admins: AdminKeys
     adapters: dict[str, AdapterHost]
 
     async def refresh_adapters(self) -> None:
@@ -38,12 +37,7 @@ class AdapterService(Protocol):
 
 def adapter_routes(service: AdapterService) -> APIRouter:
     """Routes behind the admin's lock; include the router before the catch-all."""
-
-    def admin(request: Request) -> None:
-        peer = request.client.host if request.client else None
-        service.admins.authenticate(request.headers.getlist("authorization"), peer, service.keys)
-
-    routes = APIRouter(dependencies=[Depends(admin)], include_in_schema=False)
+    routes = APIRouter(dependencies=[admin_lock(service)], include_in_schema=False)
 
     @routes.get("/admin/v1/adapters")
     async def list_adapters() -> dict[str, Any]:

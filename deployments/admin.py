@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, date, datetime, timedelta
 from typing import Any, Final, Protocol
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from deployments.admin_lock import Locked, admin_lock
 from deployments.answering import read_json_body
 from deployments.database import blocking
 from omnilmm.errors import InvalidRequest
 from omnilmm.tenancy.directory import DAY_S, Directory, NewKey
-from omnilmm.tenancy.keys import AdminKeys, KeyBook
 from omnilmm.tenancy.profile import TenantProfile, check_name
 from omnilmm.tenancy.usage import DayUsage, Ledger, to_csv
 
@@ -33,22 +33,15 @@ class UsageService(Protocol):
     usage_ledger: Ledger
 
 
-class AdminService(UsageService, Protocol):
+class AdminService(UsageService, Locked, Protocol):
     """What the admin's routes need of the router."""
 
-    keys: KeyBook
-    admins: AdminKeys
     directory: Directory
 
 
 def admin_routes(service: AdminService) -> APIRouter:
     """Routes with their own lock; include the router before the catch-all."""
-
-    def admin(request: Request) -> None:
-        peer = request.client.host if request.client else None
-        service.admins.authenticate(request.headers.getlist("authorization"), peer, service.keys)
-
-    routes = APIRouter(dependencies=[Depends(admin)], include_in_schema=False)
+    routes = APIRouter(dependencies=[admin_lock(service)], include_in_schema=False)
     _add_tenants(routes, service)
     _add_keys(routes, service)
     _add_usage(routes, service)

@@ -31,7 +31,7 @@ from deployments.stores import locate, open_keys, open_store
 from deployments.telemetry import ServeObserver
 from omnilmm.card import ModelCard
 from omnilmm.errors import OmniError
-from omnilmm.flow import ChatFlow, RetryBudget
+from omnilmm.flow import ChatFlow
 from omnilmm.image.pool import DecodePool
 from omnilmm.image.reader import ImageReader
 from omnilmm.image.remote import RemoteFetcher
@@ -39,6 +39,7 @@ from omnilmm.models.checkpoint import resolve_checkpoint
 from omnilmm.models.config import read_model_config
 from omnilmm.pipeline import NoEncoder, SystemClock, read_card
 from omnilmm.ports import Decoder as DecoderPort
+from omnilmm.retries import RetryBudget
 from omnilmm.tenancy.governor import Governor
 from omnilmm.tenancy.places import Places
 from omnilmm.tenancy.tenant import Tenant

@@ -1,7 +1,9 @@
-"""What a request asks for, in a model's own terms: the prompt as ids, and every sampling setting filled in."""
+"""What a request asks for, in a model's own terms: the prompt as ids, every sampling setting filled in, and with which
+other requests it should meet."""
 
 from __future__ import annotations
 
+import hashlib
 import secrets
 from collections.abc import Sequence
 from typing import TypeVar
@@ -11,6 +13,9 @@ from omnilmm.errors import ContextLengthExceeded, InvalidRequest
 from omnilmm.messages import ChatRequest, Prompt, Sampling
 
 T = TypeVar("T")
+
+NUM_OPENING_IDS = 64
+"""The opening of a raw prompt, in tokens: prompts that share it should meet the same decoder."""
 
 
 def compose(card: ModelCard, request: ChatRequest) -> tuple[Prompt, Sampling]:
@@ -42,6 +47,24 @@ def compose_prompt(card: ModelCard, request: ChatRequest) -> Prompt:
     if len(ids) > card.max_context:
         raise _too_long(card)
     return Prompt(ids, (), penalty_ids=ids)
+
+
+def affinity(request: ChatRequest, prompt: Prompt, picture_keys: Sequence[str]) -> str:
+    """Same conversation, same value: its session if named, else its opening (first pictures and first words).
+
+    Args:
+        prompt: the request's.
+        picture_keys: the embedding keys of its pictures, in order.
+    """
+    if request.session is not None:
+        opening = f"session/{request.session}"
+    elif request.raw is not None:
+        opening = f"raw/{prompt.ids[:NUM_OPENING_IDS]}"
+    else:
+        first = next((turn for turn in request.conversation.turns if turn.role == "user"), None)
+        num_first = len(first.images) if first else 0
+        opening = "/".join([*picture_keys[:num_first], first.text if first else ""])
+    return hashlib.sha256(f"{request.scope}/{opening}".encode()).hexdigest()
 
 
 def _tokenize(card: ModelCard, text: str) -> tuple[int, ...]:

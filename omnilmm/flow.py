@@ -13,14 +13,13 @@ for the vectors by itself.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from omnilmm.cache.key import KeyRing
 from omnilmm.card import ModelCard
-from omnilmm.composing import compose, compose_prompt
+from omnilmm.composing import affinity, compose, compose_prompt
 from omnilmm.config import ImageLimits
 from omnilmm.errors import OmniError, Overloaded, ReplicaLost
 from omnilmm.gathering import Gatherer, Gathering, Picture
@@ -36,14 +35,12 @@ from omnilmm.messages import (
     Prefill,
     Prompt,
     Sampling,
-    TextLogprob,
     TokenBatch,
-    TokenLogprob,
     Usage,
 )
 from omnilmm.observe import ImageResolved, Observer, RequestFinished
 from omnilmm.ports import Clock, Decoder, EmbeddingStore, Encoder, ImagePreparer
-from omnilmm.prompt.detokenize import Detokenizer, token_text
+from omnilmm.prompt.spelling import Speller
 from omnilmm.retries import Deadline, Retries, RetryBudget
 
 CLIENT_LEFT = 499
@@ -54,9 +51,6 @@ MIN_TOKENS_AHEAD = 128
 would stand in the way of requests that need no picture."""
 
 _NOTHING = Usage(0, 0, 0, 0)
-
-NUM_OPENING_IDS = 64
-"""The opening of a raw prompt, in tokens: prompts that share it should meet the same decoder."""
 
 
 @dataclass(slots=True)
@@ -168,33 +162,17 @@ class ChatFlow:
         """
         return compose_prompt(self.card, request)
 
-    # -- text -----------------------------------------------------------------------------------------
+    # -- tokens and their text ------------------------------------------------------------------------
 
     async def _spell(self, answer: _Answer, batches: AsyncGenerator[TokenBatch, None]) -> AsyncGenerator[Delta, None]:
-        """Tokens to text: whole characters, stop strings cut, log-probabilities kept beside their text."""
-        template = self.card.template
-        words = Detokenizer(template.tokenizer, skip_special=template.skip_special, stop=answer.request.stop)
-        held: list[TextLogprob] = []
+        words = Speller(self.card.template, stop=answer.request.stop)
         async for batch in batches:
-            stopped_by_id = batch.finish is FinishReason.STOP
-            shown = batch.ids[:-1] if stopped_by_id else batch.ids
-            text = words.push(shown)
-            held += [self._describe(i, p) for i, p in zip(shown, batch.logprobs, strict=False)]
-            answer.finish = FinishReason.STOP if words.stopped else batch.finish
-            if answer.finish is not None and not words.stopped:
-                text += words.flush()
-            if text or (held and answer.finish is not None):
-                yield Delta(text, tuple(held))
-                held = []
+            delta = words.push(batch)
+            answer.finish = words.finish
+            if delta is not None:
+                yield delta
             if answer.finish is not None:
                 return
-
-    def _describe(self, token_id: int, logprob: TokenLogprob) -> TextLogprob:
-        tokenizer = self.card.template.tokenizer
-        top = tuple((*token_text(tokenizer, i), value) for i, value in logprob.top)
-        return TextLogprob(*token_text(tokenizer, token_id), logprob.logprob, top)
-
-    # -- tokens ---------------------------------------------------------------------------------------
 
     def _can_begin(self, answer: _Answer, gathering: Gathering) -> bool:
         """Whether to ask the decoder while pictures are in the making, because it can do something meanwhile.
@@ -213,12 +191,12 @@ class ChatFlow:
 
     async def _generate(self, answer: _Answer, gathering: Gathering) -> AsyncGenerator[TokenBatch, None]:
         """One seamless stream, however many replicas it takes."""
-        affinity = _affinity(answer)
+        meets = affinity(answer.request, answer.prompt, [picture.key for picture in answer.pictures])
         attempt = 1
         while True:
             missing: tuple[str, ...] = ()
             try:
-                stream = self.decoder.generate(self._call(answer), affinity=affinity)
+                stream = self.decoder.generate(self._call(answer), affinity=meets)
                 async with aclosing(stream):
                     async for batch in stream:
                         missing = batch.missing
@@ -327,20 +305,3 @@ def _usage(answer: _Answer) -> Usage:
         embedding_bytes=answer.embedding_bytes,
         kept_bytes=sum(picture.kept_bytes for picture in distinct),
     )
-
-
-def _affinity(answer: _Answer) -> str:
-    """Same conversation, same value: its session if named, else its opening (first pictures and first words)."""
-    request = answer.request
-    if request.session is not None:
-        opening = f"session/{request.session}"
-    elif request.raw is not None:
-        opening = f"raw/{answer.prompt.ids[:NUM_OPENING_IDS]}"
-    else:
-        first = next((turn for turn in request.conversation.turns if turn.role == "user"), None)
-        num_first = len(first.images) if first else 0
-        opening = "/".join([*(p.key for p in answer.pictures[:num_first]), first.text if first else ""])
-    return hashlib.sha256(f"{request.scope}/{opening}".encode()).hexdigest()
-
-
-__all__ = ["CLIENT_LEFT", "ChatFlow", "ModelCard", "RetryBudget"]

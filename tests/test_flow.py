@@ -12,9 +12,10 @@ from PIL import Image
 
 from omnilmm.cache.key import KeyRing
 from omnilmm.cache.store import open_store
+from omnilmm.card import ModelCard
 from omnilmm.config import CacheConfig, Family, ImageLimits, ImagePolicy, InputHandling
 from omnilmm.errors import ContextLengthExceeded, DeadlineExceeded, ImageError, InvalidRequest, OmniError, ReplicaLost
-from omnilmm.flow import CLIENT_LEFT, ChatFlow, ModelCard, RetryBudget
+from omnilmm.flow import CLIENT_LEFT, ChatFlow
 from omnilmm.image.pool import InlinePreparer
 from omnilmm.messages import (
     ChatRequest,
@@ -36,7 +37,7 @@ from omnilmm.messages import (
 from omnilmm.observe import ImageResolved, RequestFinished, Retried
 from omnilmm.pipeline import LocalDecoder, SystemClock
 from omnilmm.prompt.template import load_template
-from omnilmm.retries import Deadline, Retries
+from omnilmm.retries import Deadline, Retries, RetryBudget
 
 SECRET = b"a secret of thirty-two bytes.... "
 ANSWER = (549, 374, 649, 539, 710)

@@ -7,17 +7,16 @@ up finds nothing it can change (M. Kleppmann, "How to do distributed locking", 2
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import sqlalchemy as sql
-from sqlalchemy.schema import SchemaItem
 
-from omnilmm.batch.states import TIMES, Batch, BatchUsage, Counts, LineError, Status
+from omnilmm.batch.states import TIMES, Batch, Counts, Status
+from omnilmm.batch.tables import as_batch, as_columns, as_row, batches_table, segments_table
 from omnilmm.database import Database, tables
 from omnilmm.errors import InvalidRequest, NotFound
 
@@ -28,6 +27,14 @@ WORKING = (Status.VALIDATING, Status.IN_PROGRESS, Status.FINALIZING, Status.CANC
 
 class LeaseLost(Exception):
     """Somebody else works on this batch now: drop everything."""
+
+
+class IllegalStep(Exception):
+    """The batch is in a state that the wanted one cannot follow; `status` is that state."""
+
+    def __init__(self, status: Status) -> None:
+        super().__init__(status)
+        self.status = status
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +63,7 @@ class BatchStore:
     """
 
     def __init__(self, database: Database, *, clock: Callable[[], float] = time.time) -> None:
-        metadata = tables(_batches(), _segments())
+        metadata = tables(batches_table(), segments_table())
         database.require(metadata, room="batch", version=1)
         self._database = database
         self._batches, self._segments = metadata.tables["batches"], metadata.tables["batch_segments"]
@@ -94,7 +101,7 @@ class BatchStore:
             metadata=tuple((metadata or {}).items()),
         )
         with self._database.write() as connection:
-            connection.execute(self._batches.insert().values(**_row(batch), token=0, lease_until=0.0))
+            connection.execute(self._batches.insert().values(**as_row(batch), token=0, lease_until=0.0))
         return batch
 
     def get(self, tenant: str, batch_id: str) -> Batch:
@@ -118,7 +125,7 @@ class BatchStore:
                     raise _not_found("after")
                 query = query.where(columns.serial < serial)
             rows = connection.execute(query.limit(limit + 1)).all()
-        return BatchPage(tuple(_batch(row) for row in rows[:limit]), len(rows) > limit)
+        return BatchPage(tuple(as_batch(row) for row in rows[:limit]), len(rows) > limit)
 
     def cancel(self, tenant: str, batch_id: str) -> Batch:
         """Ask for the end of a batch; asking again changes nothing.
@@ -180,7 +187,7 @@ class BatchStore:
                 .where(columns.id == row._mapping["id"], columns.token == seen)
                 .values(token=seen + 1, lease_until=now + lease_s)
             )
-            return Claim(_batch(row), seen + 1) if taken.rowcount else None
+            return Claim(as_batch(row), seen + 1) if taken.rowcount else None
 
     def renew(self, claim: Claim, lease_s: float, counts: Counts | None = None) -> Status:
         """Keep the claim, and tell how far the batch is; its status, in which a wish to cancel is seen.
@@ -234,7 +241,7 @@ class BatchStore:
             LeaseLost: it is somebody else's now.
             IllegalStep: the batch is meanwhile in a state that this one cannot follow, such as "cancelling".
         """
-        told = _told(changes) | (asdict(counts) if counts is not None else {})
+        told = as_columns(changes) | (asdict(counts) if counts is not None else {})
         with self._database.write() as connection:
             batch = self._get(connection, claim.batch.tenant, claim.batch.id)
             if not batch.status.can_become(status):
@@ -254,7 +261,7 @@ class BatchStore:
     def check_integrity(self) -> None:
         """Counts add up and states have their times. Raises AssertionError."""
         with self._database.read() as connection:
-            batches = [_batch(row) for row in connection.execute(sql.select(self._batches))]
+            batches = [as_batch(row) for row in connection.execute(sql.select(self._batches))]
         for batch in batches:
             counts = batch.counts
             assert counts.completed + counts.failed <= counts.total, f"{batch.id}: {counts}"
@@ -274,7 +281,7 @@ class BatchStore:
         row = connection.execute(query).one_or_none()
         if row is None:
             raise _not_found("batch_id")
-        return _batch(row)
+        return as_batch(row)
 
     def _move(self, connection: sql.Connection, batch: Batch, status: Status) -> None:
         changes = {"status": status.value, TIMES[status]: self._now()}
@@ -292,85 +299,6 @@ class BatchStore:
             sql.select(columns.token, columns.num_bytes).where(columns.batch_id == claim.batch.id)
         )
         return {row.token: row.num_bytes for row in rows}
-
-
-class IllegalStep(Exception):
-    """The batch is in a state that the wanted one cannot follow; `status` is that state."""
-
-    def __init__(self, status: Status) -> None:
-        super().__init__(status)
-        self.status = status
-
-
-def _batches() -> tuple[str, Sequence[SchemaItem]]:
-    """The table of batches. `serial` is the order of creation."""
-    times = [sql.Column(name, sql.BigInteger, nullable=True) for name in TIMES.values()]
-    return "batches", (
-        sql.Column("serial", sql.Integer, primary_key=True, autoincrement=True),
-        sql.Column("id", sql.String(64), nullable=False, unique=True),
-        sql.Column("tenant", sql.String(64), nullable=False),
-        sql.Column("endpoint", sql.String(64), nullable=False),
-        sql.Column("model", sql.String(256), nullable=True),
-        sql.Column("input_file_id", sql.String(64), nullable=False),
-        sql.Column("completion_window", sql.String(16), nullable=False),
-        sql.Column("status", sql.String(16), nullable=False, index=True),
-        sql.Column("created_at", sql.BigInteger, nullable=False),
-        sql.Column("expires_at", sql.BigInteger, nullable=False),
-        *times,
-        sql.Column("output_file_id", sql.String(64), nullable=True),
-        sql.Column("error_file_id", sql.String(64), nullable=True),
-        sql.Column("output_expires_after", sql.BigInteger, nullable=True),
-        *(sql.Column(field.name, sql.Integer, nullable=False) for field in fields(Counts)),
-        sql.Column("usage", sql.Text, nullable=False),
-        sql.Column("errors", sql.Text, nullable=False),
-        sql.Column("metadata", sql.Text, nullable=False),
-        sql.Column("token", sql.Integer, nullable=False),
-        sql.Column("lease_until", sql.Float, nullable=False),
-        sql.Index("batches_of_tenant", "tenant", "serial"),
-    )
-
-
-def _segments() -> tuple[str, Sequence[SchemaItem]]:
-    """How much of each journal segment counts."""
-    return "batch_segments", (
-        sql.Column("batch_id", sql.String(64), primary_key=True),
-        sql.Column("token", sql.Integer, primary_key=True, autoincrement=False),
-        sql.Column("num_bytes", sql.BigInteger, nullable=False),
-    )
-
-
-def _told(changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields as the columns hold them."""
-    told = dict(changes)
-    if "usage" in told:
-        told["usage"] = json.dumps(asdict(told["usage"]))
-    if "errors" in told:
-        told["errors"] = json.dumps([asdict(error) for error in told["errors"]])
-    if "metadata" in told:
-        told["metadata"] = json.dumps(told["metadata"])
-    return told
-
-
-def _row(batch: Batch) -> dict[str, Any]:
-    told = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    return _told(told | asdict(told.pop("counts")) | {"status": batch.status.value})
-
-
-def _batch(row: sql.Row) -> Batch:
-    told = dict(row._mapping)
-    for name in ("serial", "token", "lease_until"):
-        told.pop(name)
-    counts = Counts(*(told.pop(field.name) for field in fields(Counts)))
-    return Batch(
-        **told
-        | {
-            "status": Status(told["status"]),
-            "counts": counts,
-            "usage": BatchUsage(**json.loads(told["usage"])),
-            "errors": tuple(LineError(**error) for error in json.loads(told["errors"])),
-            "metadata": tuple((name, value) for name, value in json.loads(told["metadata"])),
-        }
-    )
 
 
 def _not_found(param: str) -> NotFound:

@@ -18,6 +18,7 @@ This file is the rule in plain Python, and the books of one process. `shared_lim
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
@@ -25,6 +26,11 @@ from typing import Final
 from omnilmm.ports import Clock
 
 MINUTE_S: Final = 60.0
+
+MAX_BUCKETS: Final = 20_000
+"""Buckets that the books of one process hold: of 5000 tenants with a limit of every kind, all in use at once."""
+SWEEP_ABOVE: Final = 256
+"""With fewer buckets than this nobody looks for those that have drained."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +89,27 @@ def fits(level: float, demand: Demand) -> bool:
     return demand.cost <= 0 or level + demand.cost <= demand.limit
 
 
-class LocalLimits:
-    """The books of one process: all there is where no Redis is, and its share while Redis is away."""
+@dataclass(frozen=True, slots=True)
+class _Bucket:
+    """A level at a time, and when it will have drained, by the limit it was poured under."""
 
-    def __init__(self, clock: Clock) -> None:
+    level: float
+    at: float
+    empty_at: float
+
+
+class LocalLimits:
+    """The books of one process: all there is where no Redis is, and its share while Redis is away.
+
+    A bucket is kept until it has drained. There are never more than `max_buckets`: where they become too many, those
+    that would be empty soonest are forgotten before, which forgives the least.
+    """
+
+    def __init__(self, clock: Clock, *, max_buckets: int = MAX_BUCKETS) -> None:
         self._clock = clock
-        self._buckets: dict[tuple[str, str], tuple[float, float]] = {}  # (tenant, bucket): level, at
+        self._max_buckets = max_buckets
+        self._sweep_above = min(SWEEP_ABOVE, max_buckets)
+        self._buckets: dict[tuple[str, str], _Bucket] = {}  # by tenant and bucket
         self._running: dict[str, set[str]] = {}
 
     def admit(
@@ -111,10 +132,10 @@ class LocalLimits:
         )
         denied = frozenset(wish.bucket for wish in shares if wish.is_wish and not fits(levels[wish.bucket], wish))
         if admitted:
-            for demand in demands:
+            for demand in shares:
                 if demand.cost > 0 and demand.bucket not in denied:
                     levels[demand.bucket] += demand.cost
-                    self._buckets[tenant, demand.bucket] = (levels[demand.bucket], now)
+                    self._note(tenant, demand, levels[demand.bucket], now)
             self._running.setdefault(tenant, set()).add(permit)
         return Decision(admitted, is_crowded, levels, now, denied)
 
@@ -129,7 +150,7 @@ class LocalLimits:
                 level = max(0.0, level - refund(ours.surplus, now - admitted_at, ours.limit, ours.window_s))
             else:
                 level -= ours.surplus
-            self._buckets[tenant, ours.bucket] = (level, now)
+            self._note(tenant, ours, level, now)
         running = self._running.get(tenant, set())
         running.discard(permit)
         if not running:
@@ -139,6 +160,29 @@ class LocalLimits:
     def num_running(self) -> int:
         return sum(map(len, self._running.values()))
 
+    @property
+    def num_buckets(self) -> int:
+        return len(self._buckets)
+
     def _level(self, tenant: str, demand: Demand | Correction, now: float) -> float:
-        level, at = self._buckets.get((tenant, demand.bucket), (0.0, now))
-        return drained(level, now - at, demand.limit, demand.window_s)
+        bucket = self._buckets.get((tenant, demand.bucket))
+        return 0.0 if bucket is None else drained(bucket.level, now - bucket.at, demand.limit, demand.window_s)
+
+    def _note(self, tenant: str, demand: Demand | Correction, level: float, now: float) -> None:
+        if level <= 0:
+            self._buckets.pop((tenant, demand.bucket), None)
+            return
+        empty_at = now + level * demand.window_s / demand.limit if demand.limit > 0 else math.inf
+        self._buckets[tenant, demand.bucket] = _Bucket(level, now, empty_at)
+        if len(self._buckets) > self._sweep_above:
+            self._sweep(now)
+
+    def _sweep(self, now: float) -> None:
+        """Forget what has drained, and more where that leaves no room for many before the next sweep."""
+        full = [entry for entry in self._buckets.items() if entry[1].empty_at > now]
+        most = self._max_buckets * 3 // 4
+        if len(full) > most:
+            full.sort(key=lambda entry: entry[1].empty_at, reverse=True)
+            del full[most:]
+        self._buckets = dict(full)
+        self._sweep_above = min(max(SWEEP_ABOVE, 2 * len(full)), self._max_buckets)

@@ -24,6 +24,7 @@ scenes         what is in a synthetic picture, decided by its number
 scenes_draw    the picture itself, and what lies in each of its cells
 scenes_words   names in English and Chinese, and which of them a text uses
 scenes_speech  how questions and answers are put
+scenes_truth   what is so in a scene, and may be said of it
 scenes_ask     conversations about a scene
 scenes_check   whether an answer is right
 scene_source   rows from scenes

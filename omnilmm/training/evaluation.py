@@ -94,7 +94,7 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Right answers of `num`; `num_yes` of those to questions about absent things affirmed them."""
+    """How many of `num` answers were right."""
 
     num: int = 0
     num_right: int = 0

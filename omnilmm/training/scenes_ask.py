@@ -8,12 +8,13 @@ or shape alone.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Set
 
 from omnilmm.training.scenes import COLOURS, SHAPES, Scene, Split, Thing, generator, is_held_out
 from omnilmm.training.scenes_check import Exchange, Kind
 from omnilmm.training.scenes_speech import CHINESE, ENGLISH, Speech
-from omnilmm.training.scenes_words import PLACES, RELATIONS
+from omnilmm.training.scenes_truth import is_only, place_names, place_of, relation, truth, way_to_name
+from omnilmm.training.scenes_words import PLACES
 
 Talk = tuple[Exchange, ...]
 
@@ -82,15 +83,15 @@ class _Asker:
         if not axes:
             return None
         axis = self._rng.choice(axes)
-        truth = relation(first, second, axis)
-        assert truth is not None
-        names = (self._say.name(first, self._by(first)), self._say.name(second, self._by(second)))
+        side = relation(first, second, axis)
+        assert side is not None
+        names = (self._name(first), self._name(second))
         if self._rng.random() < 0.5:
             question = self._say.which_side(*names, axis)
-            return (self._stated(Kind.RELATION, question, self._say.it_is(truth), {self._say.side(truth)}),)
+            return (self._stated(Kind.RELATION, question, self._say.it_is(side), {self._say.side(side)}),)
         asked = self._rng.choice(axis)
         question = self._say.is_it(*names, asked)
-        return (self._yes_or_no(Kind.RELATION, question, asked == truth, self._say.it_is_so(asked == truth)),)
+        return (self._yes_or_no(Kind.RELATION, question, asked == side, self._say.it_is_so(asked == side)),)
 
     def exists(self) -> Talk:
         return (self._exists(),)
@@ -126,7 +127,7 @@ class _Asker:
             return (self._stated(Kind.DESCRIBE, question, self._say.nothing, {"no"}),)
         text = self._scene.writing.text if self._scene.writing is not None else None
         answer = self._say.description([(t.size, t.colour, t.shape, place_of(t) or "") for t in things], text)
-        phrases = [_truth(thing) for thing in things]
+        phrases = [truth(thing) for thing in things]
         if text is not None:
             phrases.append(frozenset({f"number {text}" if text.isdigit() else f"word {text}"}))
         return (
@@ -155,7 +156,7 @@ class _Asker:
         if about == "where":
             place = place_of(second) or ""
             answer = self._say.other_is_at(place)
-            follow_up = self._stated(Kind.FOLLOW_UP, question, answer, {*_place_names(place)}, _truth(second))
+            follow_up = self._stated(Kind.FOLLOW_UP, question, answer, place_names(place), truth(second))
             return self._where(first), follow_up
         opening_turn = self._colour(first) if about == "colour" else self._size(first)
         answer = self._say.other_is(second.colour if about == "colour" else second.size)
@@ -167,15 +168,15 @@ class _Asker:
         if thing is None:
             return None
         question = self._pick(self._say.is_there).format(self._say.a(None, thing.shape))
-        opening = self._yes_or_no(Kind.EXISTS, question, True, self._say.there_is(None, thing.shape), _truth(thing))
+        opening = self._yes_or_no(Kind.EXISTS, question, True, self._say.there_is(None, thing.shape), truth(thing))
         about = self._rng.choice(("colour", "size", "where"))
         if about == "where":
             place = place_of(thing)
             if place is None:
                 return None
             answer = self._say.it_is_at(place)
-            names = {*_place_names(place)}
-            return opening, self._stated(Kind.FOLLOW_UP, self._pick(self._say.it_where), answer, names, _truth(thing))
+            names = place_names(place)
+            return opening, self._stated(Kind.FOLLOW_UP, self._pick(self._say.it_where), answer, names, truth(thing))
         forms, value = (self._say.it_colour, thing.colour) if about == "colour" else (self._say.it_size, thing.size)
         return opening, self._exchange(Kind.FOLLOW_UP, self._pick(forms), self._say.it_is_so_much(value), thing, about)
 
@@ -215,10 +216,10 @@ class _Asker:
         return self._exchange(Kind.SIZE, question, self._say.is_so_much(name, thing.size), thing)
 
     def _where(self, thing: Thing) -> Exchange:
-        name = self._say.name(thing, self._by(thing))
+        name = self._name(thing)
         place = place_of(thing) or ""
         question = self._pick(self._say.where_is).format(name)
-        return self._stated(Kind.WHERE, question, self._say.is_at(name, place), {*_place_names(place)}, _truth(thing))
+        return self._stated(Kind.WHERE, question, self._say.is_at(name, place), place_names(place), truth(thing))
 
     def _count(self, sort: tuple[str, str]) -> Exchange:
         by, value = sort
@@ -264,20 +265,15 @@ class _Asker:
     def _exchange(self, kind: Kind, question: str, answer: str, thing: Thing, about: str | None = None) -> Exchange:
         """The answer states an attribute of `thing`: `about`, or what the kind asks for."""
         about = about or {Kind.WHAT: "shape", Kind.COLOUR: "colour", Kind.SIZE: "size"}[kind]
-        return self._stated(kind, question, answer, {f"{about} {getattr(thing, about)}"}, _truth(thing))
+        return self._stated(kind, question, answer, {f"{about} {getattr(thing, about)}"}, truth(thing))
 
     def _yes_or_no(
-        self, kind: Kind, question: str, is_so: bool, answer: str, allowed: set[str] | frozenset[str] = frozenset()
+        self, kind: Kind, question: str, is_so: bool, answer: str, allowed: Set[str] = frozenset()
     ) -> Exchange:
-        return self._stated(kind, question, answer, {"yes" if is_so else "no"}, {*allowed})
+        return self._stated(kind, question, answer, {"yes" if is_so else "no"}, allowed)
 
     def _stated(
-        self,
-        kind: Kind,
-        question: str,
-        answer: str,
-        required: set[str],
-        allowed: set[str] | frozenset[str] = frozenset(),
+        self, kind: Kind, question: str, answer: str, required: Set[str], allowed: Set[str] = frozenset()
     ) -> Exchange:
         names = frozenset(required)
         return Exchange(kind, self._say.language, question, answer, names, names | allowed)
@@ -286,20 +282,14 @@ class _Asker:
 
     def _named_by(self, *ways: str) -> Thing | None:
         """Something that can be named in one of these ways; the rare pair where there is one."""
-        found = [t for t in (self._rare or self._things) if any(self._is_only(t, way) for way in ways)]
+        found = [t for t in (self._rare or self._things) if any(is_only(t, self._things, way) for way in ways)]
         return self._rng.choice(found) if found else None
 
-    def _is_only(self, thing: Thing, attribute: str) -> bool:
-        if attribute == "both":
-            return sum(other.kind == thing.kind for other in self._things) == 1
-        return sum(getattr(other, attribute) == getattr(thing, attribute) for other in self._things) == 1
-
-    def _by(self, thing: Thing) -> str:
-        """The shortest way to name it: by its shape, by colour and shape, or not at all ("")."""
-        return next((way for way in ("shape", "both") if self._is_only(thing, way)), "")
+    def _name(self, thing: Thing) -> str:
+        return self._say.name(thing, way_to_name(thing, self._things))
 
     def _can_name(self, *things: Thing) -> bool:
-        return all(self._by(thing) for thing in things)
+        return all(way_to_name(thing, self._things) for thing in things)
 
     def _countable(self) -> tuple[str, str]:
         """("shape", "circle"), ("colour", "red") or ("all", ""): now and then something that is not there."""
@@ -330,38 +320,3 @@ _KINDS: Mapping[str, tuple[float, _Maker]] = {
     "then it": (0.7, _Asker.then_it),
     "and those": (0.4, _Asker.and_those),
 }
-
-
-# -- what is so -----------------------------------------------------------------------------------------
-
-_EDGE = 0.05
-"""No place is asked for that lies so close to the border of another one."""
-_APART = 0.12
-"""Nothing is called left of something unless it is this much further left."""
-
-
-def place_of(thing: Thing) -> str | None:
-    """The part of the picture its centre lies in; None close to a border."""
-    cells = []
-    for value in (thing.y, thing.x):
-        if min(abs(value - 1 / 3), abs(value - 2 / 3)) < _EDGE:
-            return None
-        cells.append(int(value * 3))
-    return PLACES[3 * cells[0] + cells[1]]
-
-
-def relation(first: Thing, second: Thing, axis: tuple[str, str]) -> str | None:
-    """On which side of the second the first lies; None where that is not plain."""
-    assert {*axis} <= {*RELATIONS}
-    distance = first.x - second.x if axis[0] == "left" else first.y - second.y
-    return None if abs(distance) < _APART else axis[distance > 0]
-
-
-def _place_names(place: str | None) -> Iterator[str]:
-    yield from (f"place {word}" for word in (place or "").split())
-
-
-def _truth(thing: Thing) -> frozenset[str]:
-    """Everything that may be said of it."""
-    own = {f"shape {thing.shape}", f"colour {thing.colour}", f"size {thing.size}"}
-    return frozenset({*own, *_place_names(place_of(thing))})

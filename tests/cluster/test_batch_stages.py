@@ -8,7 +8,7 @@ import pytest
 
 from cluster.batch_ray import MAX_LINES, Pools, answer_rows_on_ray, bundles, parcel_schema, result_schema
 from cluster.batch_service import Load, LocalService
-from cluster.batch_stages import DecodeStage, EncodeStage, shorten
+from cluster.batch_stages import DecodeStage, EncodeStage
 from omnilmm.batch.offline import Progress, answer_rows
 from omnilmm.batch.order import Place, in_order
 from omnilmm.batch.sources import CHAT, Row
@@ -130,16 +130,6 @@ async def test_a_row_that_cannot_be_read_costs_itself(load):
     assert told(parcel["lines"][0]["refused"])[:2] == ("bad", 500)
     assert "secret" not in str(parcel)
     assert parcel["lines"][1]["refused"] is None
-
-
-def test_only_references_are_shortened():
-    body = {"messages": [{"content": [{"text": "u"}, {"image_url": {"url": "u", "detail": "u"}}, {"image_url": "u"}]}]}
-    (message,) = shorten(body, {"u": "file-1"})["messages"]
-    assert message["content"] == [
-        {"text": "u"},
-        {"image_url": {"url": "file-1", "detail": "u"}},
-        {"image_url": "file-1"},
-    ]
 
 
 def test_rows_about_one_picture_are_never_parted():

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tenancy_fakes import HandClock, SteadyRedis
 
-from omnilmm.tenancy.limits import Correction, Demand, LocalLimits
+from omnilmm.tenancy.limits import SWEEP_ABOVE, Correction, Demand, LocalLimits
 from omnilmm.tenancy.shared_limits import SharedLimits
 
 LIMIT = 60  # a minute: one a second, so that whole seconds give whole levels
@@ -220,6 +220,58 @@ def test_a_share_smaller_than_a_request_keeps_the_rate(clock):
     clock.now += 1
     assert ask("p4").admitted
     assert not limits.admit("a", "p5", [demand(61)], max_running=None, share=0.25).admitted
+
+
+# -- what only the books of one process have ----------------------------------------------------------
+
+
+def test_buckets_that_have_drained_are_forgotten(clock):
+    limits = LocalLimits(clock)
+    num_tenants = 10 * SWEEP_ABOVE
+    for number in range(num_tenants):
+        asked = [demand(1, "requests"), demand(30)]
+        decision = limits.admit(f"tenant {number}", "p", asked, max_running=None)
+        limits.settle(f"tenant {number}", "p", decision.at, [over(10)])
+        clock.now += 1  # 20 tokens are gone in 20 seconds, so there are never more than some twenty that mean anything
+    assert limits.num_buckets <= SWEEP_ABOVE
+    levels = limits.admit(f"tenant {num_tenants - 5}", "q", [demand(0)], max_running=None).levels
+    assert levels == {"tokens": 15}, "what has not drained is still known"
+
+
+def test_a_bucket_that_is_given_back_whole_is_not_kept(clock):
+    limits = LocalLimits(clock)
+    decision = limits.admit("a", "p", [demand(30)], max_running=None)
+    limits.settle("a", "p", decision.at, [over(30)])
+    assert limits.num_buckets == 0
+
+
+def test_of_too_many_buckets_those_that_would_be_empty_soonest_go(clock):
+    limits = LocalLimits(clock, max_buckets=16)
+
+    def level(tenant):
+        return limits.admit(tenant, "probe", [demand(0)], max_running=None).levels["tokens"]
+
+    assert limits.admit("heavy", "p", [demand(60)], max_running=None).admitted
+    for number in range(1000):
+        assert limits.admit(f"light {number}", "p", [demand(1 + number % 5)], max_running=None).admitted
+        assert limits.num_buckets <= 16
+    assert level("heavy") == 60, "it still has to wait"
+    assert not limits.admit("heavy", "q", [demand(1)], max_running=None).admitted
+    assert sum(level(f"light {number}") > 0 for number in range(1000)) <= 15
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 400), COSTS), max_size=60))
+def test_to_forget_drained_buckets_changes_no_decision(steps):
+    """As many tenants as there is room for, against books that never sweep."""
+    clock = HandClock()
+    tidy, hoarder = LocalLimits(clock, max_buckets=28), LocalLimits(clock)
+    for number, (seconds, who, cost) in enumerate(steps):
+        clock.now += seconds
+        tidy._sweep(clock.now)
+        asked = [demand(cost)]
+        here, there = (books.admit(f"t{who % 20}", f"p{number}", asked, max_running=None) for books in (tidy, hoarder))
+        assert (here.admitted, here.levels) == (there.admitted, pytest.approx(there.levels))
 
 
 # -- what only the books in Redis have ----------------------------------------------------------------

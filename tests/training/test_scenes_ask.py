@@ -7,8 +7,8 @@ from itertools import pairwise
 
 import pytest
 
-from omnilmm.training.scenes import Scene, Split, Thing, is_held_out, make_scene
-from omnilmm.training.scenes_ask import ask, place_of, relation
+from omnilmm.training.scenes import Scene, Split, is_held_out, make_scene
+from omnilmm.training.scenes_ask import ask
 from omnilmm.training.scenes_check import Exchange, Kind, is_right
 from omnilmm.training.scenes_words import Language, named
 
@@ -128,21 +128,3 @@ def test_follow_ups_come_second_and_mean_nothing_alone() -> None:
     assert {len(talk) for _, talk in TALKS} == {1, 2}
     openings = {talk[0].question for _, talk in TALKS}
     assert not {talk[1].question for talk in pairs} & openings
-
-
-def thing(x: float, y: float) -> Thing:
-    return Thing("circle", "red", "small", x, y, 0.06, 0.0)
-
-
-@pytest.mark.parametrize(
-    ("x", "y", "place"),
-    [(0.1, 0.1, "top left"), (0.5, 0.5, "centre"), (0.9, 0.5, "right"), (0.5, 0.9, "bottom"), (0.35, 0.5, None)],
-)
-def test_places(x: float, y: float, place: str | None) -> None:
-    assert place_of(thing(x, y)) == place
-
-
-def test_relations() -> None:
-    assert relation(thing(0.1, 0.5), thing(0.5, 0.5), ("left", "right")) == "left"
-    assert relation(thing(0.5, 0.9), thing(0.5, 0.5), ("above", "below")) == "below"
-    assert relation(thing(0.5, 0.5), thing(0.55, 0.1), ("left", "right")) is None
