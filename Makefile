@@ -3,7 +3,7 @@
 # make lint | format  check the code | put it in order
 # make bench          start a server and measure its turns; for one model: ARGS='--model NAME=PATH'
 # make bench-engine   our decode engine beside others, for a text checkpoint: ARGS='--model FOLDER'
-# make bench-multiturn  turns about pictures beside other arrangements: ARGS='--only ours --results FOLDER'
+# make bench-multiturn  turns about pictures beside other arrangements: ARGS='--vllm-venv FOLDER --results FOLDER'
 # make bench-gpu      full-size models of random weights on a CUDA device
 # make install        only install        make clean   remove what the other targets made
 #

