@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-REFUSALS_PER_S = 20.0
+REFUSALS_PER_S = 10.0
 BURST = 40
 MAX_WAIT_S = 5.0
 MAX_HELD = 96

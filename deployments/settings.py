@@ -22,6 +22,8 @@ from omnilmm.tenancy.keys import AdminKeys, KeyBook, KeyRecord, Tenant
 CACHE_SECRET_VARIABLE = "OMNILMM_CACHE_SECRET"  # noqa: S105 - the name of a variable, not a secret
 MIN_SECRET_CHARS = 32
 DATABASE_VARIABLE = "OMNILMM_DATABASE"
+SLOW_READER_VARIABLE = "OMNILMM_SLOW_READER_S"
+MAX_STREAM_VARIABLE = "OMNILMM_MAX_STREAM_S"
 
 VISION_RESOURCE = "vision_pool"
 DECODE_RESOURCE = "decode_pool"
@@ -82,6 +84,9 @@ class VisionPool(ModelPool):
 
 
 class DecoderPool(ModelPool):
+    max_ongoing_requests: Annotated[int, Field(ge=1, le=100_000)] = 1024
+    """More than run and wait in the decoder: beyond this calls wait in Serve's line, where whoever came first goes
+    first; the decoder's own line is fair to tenants, and refuses when it is full."""
     num_blocks: Annotated[int, Field(ge=8, le=10_000_000)] = 1024
     """KV blocks a replica keeps; times block_size it is the number of token positions."""
     block_size: Annotated[int, Field(ge=1, le=512)] = 16
@@ -174,6 +179,9 @@ class RouterPool(Pool):
     decode_workers: Annotated[int, Field(ge=1, le=64)] = 1
     """Child processes per router replica that decode pictures."""
     request_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 300.0
+    slow_reader_s: Annotated[float, Field(ge=1, le=3600)] = 30.0
+    """How long a client may take to read 64 KiB that wait for it, before its connection is cut. One application's
+    value holds for the whole cluster: `omnilmm serve` hands it to Serve's proxies when it starts."""
     max_body_bytes: Annotated[int, Field(ge=1024, le=1024**3)] = 32 * 1024**2
 
 
@@ -375,6 +383,14 @@ def default_database() -> str:
 
 def _state_folder() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state").absolute() / "omnilmm"
+
+
+def reader_limits() -> tuple[float, float]:
+    """Seconds that Serve's proxies wait for a reader, and that a stream may take: they start before any application,
+    so the environment tells them. If it does not: as `RouterPool` has it by default."""
+    pool = RouterPool()
+    patience_s = float(os.environ.get(SLOW_READER_VARIABLE, pool.slow_reader_s))
+    return patience_s, float(os.environ.get(MAX_STREAM_VARIABLE, pool.request_timeout_s + patience_s))
 
 
 def cache_secret() -> bytes:

@@ -2,7 +2,8 @@
 
 The virtual token counter of Sheng et al., "Fairness in serving large language models" (OSDI 2024): every tenant has
 a counter of the work done for it, divided by its weight, and the tenant with the lowest counter goes first. A tenant
-that comes back after a pause is lifted to the level of those who wait, so that idleness earns no credit.
+that comes back after a pause is lifted to the level of those who wait, less a little credit: the paper gives none, and
+then whoever asks now and then, for much less than its share, waits at its second request for what the first one took.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ PROMPT_COST = 1.0
 OUTPUT_COST = 2.0
 """Per token, as in the paper: a generated token takes a step of its own, prompt tokens share one."""
 
+IDLE_CREDIT = 4096.0
+"""How far below those who wait a tenant may come back: a few requests, or one of a full context. It is also the most
+that a tenant can ever be ahead of another by having been away."""
+
 
 class FairQueue:
     """Order of submission within a tenant, fairness between tenants."""
@@ -23,16 +28,22 @@ class FairQueue:
     def __init__(self) -> None:
         self._lines: dict[str, list[Sequence]] = {}  # by tenant, in order of id; no line is empty
         self._counters: dict[str, float] = {}  # one float per tenant ever seen; tenants are the operator's to create
+        self._level = 0.0  # the highest that all who wait ever had in common; some may come back below it
         self._last_tenant: str | None = None  # whose line was the last to end
 
     def __len__(self) -> int:
         return sum(len(line) for line in self._lines.values())
 
+    def num_of(self, tenant: str) -> int:
+        """Sequences of a tenant that wait."""
+        return len(self._lines.get(tenant, ()))
+
     def push(self, sequence: Sequence) -> None:
         """Add a sequence at the place its id gives it: a preempted one comes before those submitted after it."""
         tenant = sequence.call.tenant
         if tenant not in self._lines:
-            self._counters[tenant] = max(self._counters.get(tenant, 0.0), self._floor())
+            self._level = max(self._level, self._floor())
+            self._counters[tenant] = max(self._counters.get(tenant, 0.0), self._level - IDLE_CREDIT)
             self._lines[tenant] = []
         insort(self._lines[tenant], sequence, key=lambda waiting: waiting.id)
 
@@ -58,7 +69,7 @@ class FairQueue:
         return self._counters[tenant]
 
     def _floor(self) -> float:
-        """What a tenant that begins to wait is lifted to."""
+        """What everybody who waits was served at least, or the last who did."""
         last = 0.0 if self._last_tenant is None else self._counters[self._last_tenant]
         return min((self._counters[tenant] for tenant in self._lines), default=last)
 

@@ -26,6 +26,8 @@ from omnilmm.ports import Clock
 
 RETRY_AFTER_S = 1.0
 """A queue that is full now has moved by then; the caller's retry budget bounds the rest."""
+GREED = 2
+"""Sequences of a tenant that may wait for each that could still be let in: one tenant alone cannot fill the queue."""
 
 Rank = tuple[Priority, bool, float]
 """Class, whether it is stuck behind a missing picture, submission: the highest rank gives way first."""
@@ -88,10 +90,12 @@ class Scheduler:
         """Queue a new sequence, which must fit into the pool when alone.
 
         Raises:
-            Overloaded: `max_waiting` sequences of its class wait already.
+            Overloaded: of its class `max_waiting` sequences wait already, or GREED times as many of its tenant as are
+                let in beside them.
         """
         queue = self._queues[sequence.priority]
-        if len(queue) >= self._config.max_waiting:
+        num_free = self._config.max_waiting - len(queue)
+        if queue.num_of(sequence.call.tenant) >= GREED * num_free:
             raise Overloaded("The decode queue is full.", retry_after=RETRY_AFTER_S)
         queue.push(sequence)
 

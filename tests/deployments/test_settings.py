@@ -6,8 +6,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from deployments.settings import CACHE_SECRET_VARIABLE, AppSettings, Cache, cache_secret
+from deployments.settings import CACHE_SECRET_VARIABLE, AppSettings, Cache, DecoderPool, cache_secret
 from omnilmm.errors import ConfigError
+from omnilmm.messages import Priority
 
 ROOT = Path(__file__).parents[2]
 MODEL = {"name": "m", "path": "somewhere"}
@@ -66,6 +67,11 @@ def test_settings_for_a_gpu_reach_the_engine_and_the_encoder():
     engine = model.decoder.engine_config(4096)
     assert (engine.attention, engine.cuda_graphs) == ("paged", False)
     assert model.vision.encoder_config().cuda_graphs is True
+
+
+def test_calls_wait_in_the_decoder_which_knows_tenants_and_not_in_front_of_it():
+    pool = DecoderPool()
+    assert pool.max_ongoing_requests > pool.max_sequences + pool.max_waiting * len(Priority)
 
 
 def test_a_redis_of_one_s_own_needs_a_secret(monkeypatch):

@@ -14,7 +14,17 @@ from pathlib import Path
 
 import pytest
 import yaml
-from e2e_cluster import FAMILIES, Cluster, Golden, connect, disconnect, free_port, model_settings, read_goldens
+from e2e_cluster import (
+    FAMILIES,
+    SLOW_READER_S,
+    Cluster,
+    Golden,
+    connect,
+    disconnect,
+    free_port,
+    model_settings,
+    read_goldens,
+)
 
 from deployments.settings import CACHE_SECRET_VARIABLE, DATABASE_VARIABLE
 
@@ -39,7 +49,8 @@ def golden(goldens: list[Golden]) -> Callable[[str, str, str], Golden]:
 @pytest.fixture(scope="session")
 def cluster(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     config = tmp_path_factory.mktemp("e2e") / "serve_config.yaml"
-    args = {"models": [model_settings(data, name) for name in FAMILIES]}
+    models = [model_settings(data, name) for name in FAMILIES]
+    args = {"models": models, "router": {"slow_reader_s": SLOW_READER_S}}
     config.write_text(yaml.safe_dump({"applications": [{"import_path": "deployments.app:build", "args": args}]}))
     port = free_port()
     environment = os.environ | {"PYTHONUNBUFFERED": "1", CACHE_SECRET_VARIABLE: "s" * 32}

@@ -16,6 +16,8 @@ from pathlib import Path
 import httpx
 
 APP = "omnilmm"
+SLOW_READER_S = 5.0
+"""How long the shared cluster's proxies wait for a reader: short, because a test waits for it."""
 FAMILIES = {"omnilmm-3b": "minicpm-v-tiny", "omnilmm-12b": "omnilmm-12b-tiny"}
 
 

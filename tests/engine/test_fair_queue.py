@@ -5,7 +5,7 @@ from itertools import count
 import pytest
 from engine_fakes import make_call
 
-from omnilmm.engine.fair_queue import OUTPUT_COST, FairQueue
+from omnilmm.engine.fair_queue import IDLE_CREDIT, OUTPUT_COST, FairQueue
 from omnilmm.engine.sequence import Sequence
 
 
@@ -70,22 +70,55 @@ def test_output_counts_more_than_prompt(make):
     assert serve(queue, 1) == ["quiet"]
 
 
-def test_idleness_earns_no_credit(make):
+def test_idleness_earns_a_little_credit_and_no_more(make):
+    queue = FairQueue()
+    for _ in range(80):
+        queue.push(make("busy"))
+    serve(queue, 40, prompt=int(IDLE_CREDIT) // 4)
+    for _ in range(20):
+        queue.push(make("late"))
+    served = serve(queue, 14, prompt=int(IDLE_CREDIT) // 4)
+    assert served[:4] == ["late"] * 4  # though it was away for ten times as much
+    assert served[4:].count("late") == 5
+
+
+def test_many_who_come_at_a_time_get_the_same_credit(make):
     queue = FairQueue()
     for _ in range(40):
         queue.push(make("busy"))
-    serve(queue, 20)
-    for _ in range(20):
-        queue.push(make("late"))
-    assert serve(queue, 10).count("late") == 5  # not ten in a row for the time it was away
+    serve(queue, 20, prompt=int(IDLE_CREDIT))
+    tenants = [f"late {number}" for number in range(4)]
+    for tenant in tenants:  # each comes when the others are there
+        for _ in range(20):
+            queue.push(make(tenant))
+    served = serve(queue, 40, prompt=int(IDLE_CREDIT) // 4)
+    assert {served.count(tenant) for tenant in tenants} <= {8, 9}
+
+
+def test_who_asks_now_and_then_does_not_wait_for_what_it_took_before(make):
+    queue = FairQueue()
+    for _ in range(40):
+        queue.push(make("busy"))
+    serve(queue, 20, prompt=int(IDLE_CREDIT) // 4)
+    for _ in range(3):
+        queue.push(make("modest"))
+        assert serve(queue, 1, prompt=int(IDLE_CREDIT) // 4) == ["modest"]
+        serve(queue, 1, prompt=int(IDLE_CREDIT) // 8)
 
 
 def test_an_empty_queue_remembers_the_level(make):
     queue = FairQueue()
     queue.push(make("first"))
-    serve(queue, 1, prompt=1000)
-    queue.push(make("second"))
-    queue.push(make("first"))
-    queue.push(make("first"))
-    queue.push(make("second"))
-    assert sorted(serve(queue, 2)) == ["first", "second"]
+    serve(queue, 1, prompt=10 * int(IDLE_CREDIT))
+    for _ in range(4):
+        queue.push(make("second"))
+        queue.push(make("first"))
+    assert serve(queue, 4, prompt=int(IDLE_CREDIT)).count("first") >= 1
+
+
+def test_it_knows_how_many_of_a_tenant_wait(make):
+    queue = FairQueue()
+    assert queue.num_of("a") == 0
+    for tenant in ("a", "b", "a"):
+        queue.push(make(tenant))
+    assert (queue.num_of("a"), queue.num_of("b"), len(queue)) == (2, 1, 3)

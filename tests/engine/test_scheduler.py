@@ -137,7 +137,6 @@ def test_a_tenant_that_has_every_seat_gives_some_up():
     for seed in range(6):
         driver.submit(make_call(4, seed=20 + seed, max_tokens=20, tenant="late"))
     seats = []
-    driver.step()  # served alike so far
     for _ in range(5):
         driver.step()
         seats.append(sorted(runner.last()))
@@ -321,3 +320,13 @@ def test_recomputing_is_not_charged_to_the_tenant():
     assert sum(plan.num_tokens for plan in runner.plans) > 2 * (9 + 11)  # some was computed twice
     counters = driver.engine._scheduler._queues[Priority.ONLINE]._counters
     assert counters["t0"] == counters["t1"]
+
+
+def test_one_tenant_cannot_fill_the_queue():
+    driver, _ = paper_driver(max_sequences=1, max_waiting=9)
+    for seed in range(6):
+        driver.submit(make_call(4, seed=seed, tenant="greedy"))
+    with pytest.raises(Overloaded):
+        driver.submit(make_call(4, seed=6, tenant="greedy"))  # six wait, three more could
+    for seed in range(2):
+        driver.submit(make_call(4, seed=7 + seed, tenant="late"))
