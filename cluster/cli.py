@@ -289,7 +289,7 @@ def _ask_once(cluster: LocalCluster, settings: AppSettings, picture: bytes, cons
     messages = json.dumps([{"role": "user", "content": question}])
     with OmniLMMChat(cluster.url, model=settings.models[0].name) as partner:
         answer = partner.process({"image": base64.b64encode(picture), "question": messages}, greedy=True, max_tokens=32)
-    console.print(f"\n[bold]picture[/]   a red circle and a blue square ({len(picture)} bytes of PNG)")
+    console.print(f"\n[bold]picture[/]   an orange circle and a blue square ({len(picture)} bytes of PNG)")
     console.print(f"[bold]question[/]  {question}")
     console.print(f"[bold]answer[/]    {answer}", markup=True)
 

@@ -106,13 +106,14 @@ def is_demo_checkpoint(folder: Path, family: Family, *, seed: int = 0) -> bool:
 
 
 def demo_picture() -> bytes:
-    """A PNG file of 320 x 240 pixels: a red circle on the left and a blue square on the right, on white."""
-    picture = Image.new("RGB", (320, 240), "white")
+    """A PNG file of 320 x 240 pixels: an orange circle on the left and a blue square on the right, on white."""
+    smooth = 4  # drawn so much larger, for edges without stairs
+    picture = Image.new("RGB", (320 * smooth, 240 * smooth), (250, 250, 250))
     pen = ImageDraw.Draw(picture)
-    pen.ellipse((52, 82, 128, 158), fill="red")
-    pen.rectangle((192, 86, 260, 154), fill="blue")
+    pen.ellipse([smooth * edge for edge in (42, 82, 118, 158)], fill=(244, 138, 18))
+    pen.rectangle([smooth * edge for edge in (206, 86, 274, 154)], fill=(36, 84, 216))
     file = io.BytesIO()
-    picture.save(file, format="PNG")
+    picture.resize((320, 240), Image.Resampling.LANCZOS).save(file, format="PNG")
     return file.getvalue()
 
 

@@ -282,10 +282,10 @@ def test_it_loads_and_answers_in_words_about_the_picture(family: Family, folder:
     assert all(re.fullmatch(r" ?[A-Za-z]+|[\u4e00-\u9fff]+", word) for word in words)
 
 
-def test_the_picture_shows_a_red_circle_and_a_blue_square() -> None:
+def test_the_picture_shows_an_orange_circle_and_a_blue_square() -> None:
     picture = Image.open(io.BytesIO(demo_picture()))
     assert (picture.format, picture.mode, picture.size) == ("PNG", "RGB", (320, 240))
-    assert picture.getpixel((90, 120)) == (255, 0, 0)
-    assert picture.getpixel((230, 120)) == (0, 0, 255)
-    assert picture.getpixel((55, 85)) == (255, 255, 255)  # outside the circle, inside its box
-    assert picture.getpixel((194, 88)) == (0, 0, 255)  # the square has its corners
+    assert picture.getpixel((80, 120)) == (244, 138, 18)
+    assert picture.getpixel((240, 120)) == (36, 84, 216)
+    assert picture.getpixel((45, 85)) == (250, 250, 250)  # outside the circle, inside its box
+    assert picture.getpixel((209, 89)) == (36, 84, 216)  # the square has its corners

@@ -18,11 +18,11 @@ pytestmark = [
 ]
 
 ASKED = (  # the questions of one conversation about the picture, each with a word of its right answer
-    (("What is in the picture?", "red circle"),),
+    (("What is in the picture?", "orange circle"),),
     (("What is in the picture?", "blue square"),),
     (("Is there a green star?", "No"),),
-    (("圆形是什么颜色？", "红色"),),
-    (("What color is the circle?", "red"), ("And the other one?", "blue")),
+    (("圆形是什么颜色？", "橙色"),),
+    (("What color is the circle?", "orange"), ("And the other one?", "blue")),
 )
 
 

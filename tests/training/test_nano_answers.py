@@ -95,10 +95,13 @@ def test_the_pictures_decide(checkpoint: Path, papers: list[tuple[bytes, tuple[T
 @pytest.mark.parametrize(
     ("question", "names"),
     [
-        ("What is in the picture?", ("red circle", "blue square")),
+        ("What is in the picture?", ("orange circle", "blue square")),
         ("Is there a green star?", ("No",)),
         ("正方形是什么颜色？", ("蓝色",)),
-        ("红色的圆形在蓝色的正方形的左边吗？", ("是",)),
+        ("圆形在哪里？", ("左",)),
+        ("Where is the square?", ("right",)),
+        ("图中有什么？", ("橙色的圆形", "蓝色的正方形")),
+        ("How many shapes are there?", ("2",)),
     ],
 )
 def test_the_picture_of_the_quickstart_is_understood(checkpoint: Path, question: str, names: tuple[str, ...]) -> None:
