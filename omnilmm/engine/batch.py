@@ -201,6 +201,8 @@ def _decodes(batch: Batch, kv: PagedKV, held: HeldDecodes, num_decodes: int) -> 
     for (begin, _), rows, group in zip(ranges, groups, held.hold(groups), strict=True):
         num_blocks = rounded(len(rows[0].block_ids))
         num_keys = num_blocks * kv.block_size
+        if group is not None and len(rows) * kv.num_heads * num_keys > SMALL:
+            num_keys = group.width  # a slice of what is held would be copied by every product, which takes far longer
         mask = None
         if any(row.end < num_keys for row in rows):
             ends = np.repeat([row.end for row in rows], kv.num_heads)
