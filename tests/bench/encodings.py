@@ -1,9 +1,10 @@
 """What int8 and fp8 do to the answers: vectors, first-token probabilities and greedy answers, against exact ones.
 
     python tests/bench/encodings.py [--model NAME=FOLDER ...] [--pictures FOLDER ...] [--write docs/cache.md]
+    python tests/bench/encodings.py --model NAME=FOLDER --pictures FOLDER --question TEXT ...
 
-Every picture is asked every question of the reference, in float32, with the vectors as they are and as they come out of
-each encoding. Rounding the vectors to bfloat16 is the yardstick: it is what every bfloat16 model does to them anyway.
+Every picture is asked every question of the reference, or those given (then answers end where the model ends them), in
+float32, with the vectors as they are and as they come out of each encoding. Rounding the vectors to bfloat16 is the yardstick: it is what every bfloat16 model does to them anyway.
 
     refused          pictures whose vectors the gate of cache/encoding did not let through (they are kept exact)
     cosine           between a token's vector before and after: the least of all, and the mean
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -69,15 +71,14 @@ class Tally:
 class Subject:
     """A checkpoint, its pictures as vectors, and the questions."""
 
-    def __init__(self, folder: Path, conversations: dict[str, list[dict[str, str]]]) -> None:
+    def __init__(self, folder: Path, conversations: Sequence[list[dict[str, str]]], *, may_end: bool) -> None:
         self.config = read_model_config(folder)
         self.policy = self.config.image_policy(InputHandling.SAFE)
         self.encoder = load_encoder(folder, self.config, dtype="float32")
         self.model = load_language_model(folder, self.config, dtype="float32")
         template = load_template(self.config.family, folder, num_image_tokens=self.config.num_image_tokens)
-        self.prompts = [
-            template.render(_conversation(messages), InputHandling.SAFE) for messages in conversations.values()
-        ]
+        self.ends = template.eos_ids if may_end else frozenset()
+        self.prompts = [template.render(_conversation(messages), InputHandling.SAFE) for messages in conversations]
 
     def vectors(self, picture: Path) -> torch.Tensor:
         """(num_query, hidden) float32."""
@@ -99,7 +100,7 @@ class Subject:
         return self.model.logits(hidden)
 
     def answer(self, embeds: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
-        """Logits of the first token, and the greedy answer, never ended by a stop token."""
+        """Logits of the first token, and the greedy answer."""
         attend, position = DenseAttend(self.config.language.num_layers), 0
         ids: list[int] = []
         first = torch.empty(0)
@@ -109,6 +110,8 @@ class Subject:
             logits = self.model.logits(hidden[-1:])[0]
             first = first if ids else logits
             ids.append(int(logits.argmax()))
+            if ids[-1] in self.ends:
+                break
             embeds = self.model.embed(torch.tensor(ids[-1:]))
         return first, ids
 
@@ -181,16 +184,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", metavar="NAME=FOLDER", help="instead of the two tiny ones")
     parser.add_argument("--pictures", action="append", type=Path, help="folders, instead of the reference pictures")
+    parser.add_argument("--question", action="append", help="instead of those of the reference")
     parser.add_argument("--write", type=Path, metavar="FILE")
     options = parser.parse_args()
     torch.set_num_threads(1)  # tiny models: more threads only wait for each other
     models = [name.partition("=") for name in options.model or [f"{name}={DATA / name}" for name in FAMILIES]]
     folders = options.pictures or [DATA / "images"]
     pictures = sorted(path for folder in folders for path in folder.iterdir() if path.suffix in PICTURE_FILES)
-    questions = json.loads((DATA / FAMILIES[0] / "goldens.json").read_text(encoding="utf-8"))["conversations"]
+    reference = json.loads((DATA / FAMILIES[0] / "goldens.json").read_text(encoding="utf-8"))["conversations"]
+    own = [[{"role": "user", "content": text}] for text in options.question or ()]
     lines = [HEAD, "|" + "---|" * (HEAD.count("|") - 1)]
     for name, _, folder in models:
-        tallies = compare(Subject(Path(folder), questions), pictures)
+        subject = Subject(Path(folder), own or [*reference.values()], may_end=bool(own))
+        tallies = compare(subject, pictures)
         lines += [tally.row(name, way) for way, tally in tallies.items()]
     table = "\n".join(lines)
     print(table)
