@@ -4,7 +4,8 @@
     python tests/bench/encodings.py --model NAME=FOLDER --pictures FOLDER --question TEXT ...
 
 Every picture is asked every question of the reference, or those given (then answers end where the model ends them), in
-float32, with the vectors as they are and as they come out of each encoding. Rounding the vectors to bfloat16 is the yardstick: it is what every bfloat16 model does to them anyway.
+float32, with the vectors as they are and as they come out of each encoding. Rounding the vectors to bfloat16 is the
+yardstick: it is what every bfloat16 model does to them anyway.
 
     refused          pictures whose vectors the gate of cache/encoding did not let through (they are kept exact)
     cosine           between a token's vector before and after: the least of all, and the mean
