@@ -241,13 +241,15 @@ def _demo_model(say: Any) -> str:
 
 
 def _catch_signals() -> Event:
-    """The first Ctrl-C or SIGTERM interrupts whatever the main thread does, start-up included.
+    """The first Ctrl-C or SIGTERM interrupts whatever the main thread does, start-up included; a second one that
+    comes in the same moment (a terminal's, and a supervisor's) does not interrupt the interruption.
 
     The event it returns is set by SIGHUP: the configuration has changed.
     """
     changed = Event()
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        _ignore_signals()
         raise KeyboardInterrupt
 
     for number in STOP_SIGNALS:
@@ -315,7 +317,7 @@ def _print_usage(cluster: LocalCluster, settings: AppSettings, console: Console,
         highlight=False,
     )
     if is_demo:
-        told = f"{settings.models[0].name} is built in, and {_BUILTIN[settings.models[0].name]}."
+        told = f"This is the built-in model {settings.models[0].name}, {_BUILTIN[settings.models[0].name]}."
         console.print(f"\n[dim]{told} Serve a real model with --model NAME=PATH.[/]")
     console.print("\nCtrl-C stops everything.")
 

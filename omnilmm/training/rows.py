@@ -155,7 +155,7 @@ def collate(rows: SequenceOf[Row], *, fill: bool = False) -> Batch:
 
 _ROW_STEP, _TOKEN_STEP = 32, 512
 """Rows and batches come in few lengths only. For every new shape of a product torch's CPU library makes and keeps a
-program of its own, and the allocator finds no block that fits: with lengths as they come a run grew by 4 GB an hour."""
+program of its own, and the allocator finds no block that fits: with lengths as they come a run grows by gigabytes."""
 
 
 def _rounded_up(number: int, step: int) -> int:

@@ -13,7 +13,7 @@ from omnilmm.engine.held import HeldDecodes, rounded
 from omnilmm.engine.kv import PagedKV
 from omnilmm.engine.plan import Draw, Row
 from omnilmm.messages import Sampling
-from omnilmm.models.attention import attention_reference
+from omnilmm.models.attention import attention_products, attention_reference
 
 CPU = torch.device("cpu")
 SIZE = CONFIG.block_size
@@ -180,6 +180,24 @@ def test_a_group_that_goes_on_reads_what_a_new_one_would(monkeypatch):
         out = factory(batch, kv)(0, q, k, v)
         assert len(gathered) == expected, ends
         assert torch.equal(out, GatheredAttend(batch, kv)(0, q, k, v)), ends
+
+
+def test_products_get_what_is_held_in_one_piece(monkeypatch):
+    """A slice of it would be copied in every layer of every step."""
+    monkeypatch.setattr(module, "SMALL", 0)
+    given = []
+
+    def products(q, k, v, **how):
+        given.append(k.is_contiguous() and v.is_contiguous())
+        return attention_products(q, k, v, **how)
+
+    monkeypatch.setattr(module, "attention_products", products)
+    kv = make_kv()
+    rows = [make_row(1, 6, 1, (1, 2)), make_row(2, 5, 1, (3, 4))]
+    attend = GatheredAttention()(build_batch(rows, block_size=SIZE, device=CPU), kv)
+    q = torch.randn(2, kv.num_heads, kv.head_dim)
+    attend(0, q, q, q)
+    assert given == [True]
 
 
 def test_a_group_that_outgrows_its_room_is_gathered_anew():
