@@ -9,12 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from omnilmm.config import EngineConfig
 from omnilmm.engine.admission import check_call
 from omnilmm.engine.grammar import Matcher
-from omnilmm.engine.plan import Drawn, Needs, Plan, Row, ShouldYield, StepResult, StepYielded, never
+from omnilmm.engine.newcomers import Lookout, Newcomers, nobody
+from omnilmm.engine.plan import Drawn, Needs, Plan, Row, ShouldYield, StepResult, StepYielded
 from omnilmm.engine.scheduler import Scheduler
 from omnilmm.engine.sequence import FINISH_REASONS, Sequence, Status
 from omnilmm.errors import InvalidRequest, OmniError
@@ -155,16 +157,19 @@ class Engine:
         """No sequence is left, and no news of one."""
         return not self._sequences and not self._news
 
-    def step(self, should_yield: ShouldYield = never) -> list[Output]:
+    def step(self, newcomers: Newcomers = nobody) -> list[Output]:
         """Compute some of what is owed, and tell what came of it.
 
-        While a step is computed that nobody waits for, `should_yield` is asked again and again whether somebody else
-        does. If so the step is given up: its rows are computed anew in a later one.
+        While it is computed, `newcomers` is asked again and again who has come since it began. If one of them goes
+        before all whose rows are in the step, it is given up: its rows are computed anew in a later one.
         """
         plan = self._scheduler.choose()
+        lookout = Lookout(newcomers, partial(self._scheduler.makes_way, plan))
         try:
-            result = self._runner.run(plan, should_yield if plan.yields else never)
+            result = self._runner.run(plan, lookout.should_yield)
         except StepYielded:
+            assert lookout.found is not None, "a step was given up for nobody"
+            self._scheduler.charge_given_up(plan, lookout.found)
             self._num_yielded += 1
             outputs, self._news = [*self._news, *plan.needs], []
             return outputs

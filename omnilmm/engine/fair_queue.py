@@ -12,6 +12,7 @@ from bisect import insort
 from collections.abc import Iterator
 
 from omnilmm.engine.sequence import Sequence
+from omnilmm.messages import GenerateCall
 
 PROMPT_COST = 1.0
 OUTPUT_COST = 2.0
@@ -20,6 +21,9 @@ OUTPUT_COST = 2.0
 IDLE_CREDIT = 4096.0
 """How far below those who wait a tenant may come back: a few requests, or one of a full context. It is also the most
 that a tenant can ever be ahead of another by having been away."""
+FAVOUR = IDLE_CREDIT / 2
+"""How far below them a tenant must be for others to make way: it has more than half of the credit left, as one has that
+asks for well less than its share."""
 
 
 class FairQueue:
@@ -42,8 +46,8 @@ class FairQueue:
         """Add a sequence at the place its id gives it: a preempted one comes before those submitted after it."""
         tenant = sequence.call.tenant
         if tenant not in self._lines:
-            self._level = max(self._level, self._floor())
-            self._counters[tenant] = max(self._counters.get(tenant, 0.0), self._level - IDLE_CREDIT)
+            self._counters[tenant] = self._counter(tenant)
+            self._level = self._raised_level()
             self._lines[tenant] = []
         insort(self._lines[tenant], sequence, key=lambda waiting: waiting.id)
 
@@ -64,9 +68,26 @@ class FairQueue:
         cost = PROMPT_COST * prompt + OUTPUT_COST * output
         self._counters[sequence.call.tenant] += cost / sequence.call.weight
 
+    def fine(self, call: GenerateCall, cost: float) -> None:
+        """Charge a call's tenant, which may be about to come, for what others lost by it."""
+        self._counters[call.tenant] = self._counter(call.tenant) + cost / call.weight
+
     def served(self, tenant: str) -> float:
         """A tenant's counter."""
         return self._counters[tenant]
+
+    def is_favoured(self, tenant: str) -> bool:
+        """Whether a tenant that is here, or comes now, was served so little that others make way for it."""
+        return self._counter(tenant) <= self._raised_level() - FAVOUR
+
+    def _counter(self, tenant: str) -> float:
+        """A tenant's counter; of one that has nobody waiting, what it would be if somebody came."""
+        if tenant in self._lines:
+            return self._counters[tenant]
+        return max(self._counters.get(tenant, 0.0), self._raised_level() - IDLE_CREDIT)
+
+    def _raised_level(self) -> float:
+        return max(self._level, self._floor())
 
     def _floor(self) -> float:
         """What everybody who waits was served at least, or the last who did."""

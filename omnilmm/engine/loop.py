@@ -27,7 +27,7 @@ from omnilmm.engine.plan import Needs
 from omnilmm.engine.shelf import AdapterShelf, Loaded
 from omnilmm.engine.stream import Ending, TokenStream, flush_interval
 from omnilmm.errors import DeadlineExceeded, InvalidRequest, NotFound, OmniError, Overloaded, ReplicaLost
-from omnilmm.messages import GenerateCall, Priority, TokenBatch
+from omnilmm.messages import GenerateCall, TokenBatch
 from omnilmm.models.device import apart
 from omnilmm.observe import Observer, PrefillDone, Silent, StepRun
 from omnilmm.ports import Clock
@@ -81,9 +81,8 @@ class EngineLoop:
         self._requests: dict[int, Request] = {}
         self._draining: list[Drain] = []
         self._is_draining = False
-        # Written by whoever posts, cleared by the thread before it reads the inbox. Set too late it gives up a step
-        # that was worth computing, which is done again.
-        self._is_awaited = False
+        # Calls that messages in the inbox are about. Replaced, never changed, and under the gate.
+        self._newcomers: tuple[GenerateCall, ...] = ()
 
     # -- from outside ---------------------------------------------------------------------------------
 
@@ -174,7 +173,8 @@ class EngineLoop:
         with self._gate:
             if self._is_open:
                 self._inbox.put(message)
-                self._is_awaited |= _is_urgent(message)
+                if isinstance(message, Submit | Supply):
+                    self._newcomers = (*self._newcomers, message.request.call)
             return self._is_open
 
     def _submit_load(self, load: Callable[[str], Loaded], name: str) -> Future[Loaded]:
@@ -264,7 +264,6 @@ class EngineLoop:
 
     def _take_messages(self) -> bool:
         """Read the inbox, waiting in it for as long as the engine has nothing to do. False when told to stop."""
-        self._is_awaited = False
         while True:
             has_work = self._engine.has_work
             if not has_work:
@@ -272,10 +271,20 @@ class EngineLoop:
             try:
                 message = self._inbox.get(block=not has_work)
             except queue.Empty:
-                return True
+                if self._has_read_all():
+                    return True
+                continue
             if isinstance(message, Stop):
                 return False
             self._handle(message)
+
+    def _has_read_all(self) -> bool:
+        """Whether the inbox is empty; then nobody is a newcomer any more."""
+        with self._gate:
+            is_empty = self._inbox.empty()
+            if is_empty:
+                self._newcomers = ()
+            return is_empty
 
     def _rest(self) -> None:
         """Nothing can be computed at the moment."""
@@ -315,7 +324,7 @@ class EngineLoop:
 
     def _step(self) -> None:
         begun = self._clock.monotonic()
-        outputs = self._engine.step(lambda: self._is_awaited)
+        outputs = self._engine.step(lambda: self._newcomers)
         seconds = self._clock.monotonic() - begun
         # A sequence aborted after its last news was written has no request any more.
         known = [output for output in outputs if output.sequence_id in self._requests]
@@ -394,11 +403,6 @@ class EngineLoop:
             self._forget(sequence_id)
         self._stats = self._engine.stats()
         self._finish_draining()
-
-
-def _is_urgent(message: Message) -> bool:
-    """Whether somebody may wait for what this lets the engine compute."""
-    return isinstance(message, Submit | Supply) and message.request.call.priority is Priority.ONLINE
 
 
 def _late() -> DeadlineExceeded:

@@ -67,7 +67,6 @@ class Needs:
 class Plan:
     rows: tuple[Row, ...] = ()
     needs: tuple[Needs, ...] = ()  # found out while choosing; told to the owner with the step's results
-    yields: bool = False  # nobody waits for these rows: the step may be given up for somebody who comes
 
     @property
     def num_tokens(self) -> int:

@@ -6,6 +6,9 @@ decodes, then chunks of prompts that have begun, then sequences from the queue, 
 of its turn before BATCH has any, and pushes BATCH out where room is short. Beside ONLINE tokens BATCH gets a few a
 step; a step that is all BATCH is full, and is given up when somebody ONLINE comes.
 
+Something like it holds among ONLINE tenants too: prompts of one that is favoured, because it asks for well less than
+its share, are read in a step of their own, and the step under way when it comes is given up, at its cost.
+
 A running sequence holds blocks for all its tokens. When there is none for the next, the lowest in rank gives up its
 own and waits; it computes them again later (or finds them in the prefix cache) and goes on with the same tokens.
 """
@@ -17,11 +20,11 @@ from collections import Counter, abc
 
 from omnilmm.config import EngineConfig
 from omnilmm.engine.blocks import BlockManager
-from omnilmm.engine.fair_queue import FairQueue
+from omnilmm.engine.fair_queue import OUTPUT_COST, PROMPT_COST, FairQueue
 from omnilmm.engine.plan import Needs, Plan, Row
 from omnilmm.engine.sequence import Sequence, Status
 from omnilmm.errors import Overloaded
-from omnilmm.messages import Priority
+from omnilmm.messages import GenerateCall, Priority
 from omnilmm.ports import Clock
 
 RETRY_AFTER_S = 1.0
@@ -127,6 +130,8 @@ class Scheduler:
             if priority is Priority.BATCH and draft.has_rows:
                 draft.budget = min(draft.budget, self._config.batch_beside_online)
             self._free_seat(priority)
+            if priority is Priority.ONLINE and self._read_favoured(draft):
+                break
             running = [sequence for sequence in self._in_rank() if sequence.priority is priority]
             for sequence in running:
                 if sequence.num_owed == 1:
@@ -136,8 +141,49 @@ class Scheduler:
                     self._pay_running(sequence, draft)
             may_start = may_start and self._start_waiting(priority, draft)
         needs, self._needs = tuple(self._needs), []
-        rows = draft.rows()
-        return Plan(rows, needs, yields=all(self._running[r.sequence_id].priority is Priority.BATCH for r in rows))
+        return Plan(draft.rows(), needs)
+
+    def _read_favoured(self, draft: _Draft) -> bool:
+        """Draft what favoured tenants' prompts owe, and their decodes beside it. False if no such prompt can be read:
+        then nothing is drafted.
+
+        It ends soon: a prompt is charged when it starts, and a tenant that has used up its favour has none.
+        """
+        is_favoured = self._queues[Priority.ONLINE].is_favoured
+        running = [
+            sequence
+            for sequence in self._in_rank()
+            if sequence.priority is Priority.ONLINE and is_favoured(sequence.call.tenant)
+        ]
+        for sequence in running:
+            if sequence.num_owed > 1:
+                self._pay_running(sequence, draft)
+        self._start_waiting(Priority.ONLINE, draft, favoured_only=True)
+        if draft.has_rows:
+            for sequence in running:
+                if sequence.num_owed == 1:
+                    self._pay_running(sequence, draft)
+        return draft.has_rows
+
+    def makes_way(self, plan: Plan, call: GenerateCall) -> bool:
+        """Whether a step under way is to be given up for a call that has just come."""
+        if call.priority is not Priority.ONLINE:
+            return False
+        is_favoured = self._queues[Priority.ONLINE].is_favoured
+        peers = {sequence.call.tenant for _, sequence in self._online(plan)}
+        return not peers or (is_favoured(call.tenant) and not any(map(is_favoured, peers)))
+
+    def charge_given_up(self, plan: Plan, call: GenerateCall) -> None:
+        """A step was given up for this call: its tenant pays what others have to compute again."""
+        cost = sum(
+            OUTPUT_COST if row.num_tokens == 1 else PROMPT_COST * row.num_tokens for row, _ in self._online(plan)
+        )
+        self._queues[Priority.ONLINE].fine(call, cost)
+
+    def _online(self, plan: Plan) -> list[tuple[Row, Sequence]]:
+        """The rows of a plan that somebody waits for."""
+        rows = [(row, self._running[row.sequence_id]) for row in plan.rows]
+        return [(row, sequence) for row, sequence in rows if sequence.priority is Priority.ONLINE]
 
     def _pay_running(self, sequence: Sequence, draft: _Draft) -> None:
         # An earlier one in the same draft may have pushed it out.
@@ -160,11 +206,13 @@ class Scheduler:
         sequence.block_ids.extend(self.blocks.take_blocks(needed))
         return True
 
-    def _start_waiting(self, priority: Priority, draft: _Draft) -> bool:
+    def _start_waiting(self, priority: Priority, draft: _Draft, *, favoured_only: bool = False) -> bool:
         """Start sequences of a class in turn. False if the next one found no room: then no lower class may start."""
         while draft.budget:
             sequence = self._next_startable(priority, draft)
             if sequence is None:
+                return True
+            if favoured_only and not self._queues[priority].is_favoured(sequence.call.tenant):
                 return True
             if not self._try_start(sequence, draft):
                 return False

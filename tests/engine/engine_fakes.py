@@ -13,6 +13,7 @@ from grammar_fakes import allowed_after, start_matcher
 
 from omnilmm.config import EngineConfig
 from omnilmm.engine.engine import Engine, Failed, Output, Ticket, Tokens
+from omnilmm.engine.newcomers import Newcomers, nobody
 from omnilmm.engine.plan import Draw, Drawn, Needs, Plan, ShouldYield, StepResult, never
 from omnilmm.engine.runner import ModelRunner
 from omnilmm.engine.sampling import draw_tokens
@@ -166,8 +167,8 @@ class Driver:
         self.engine.check_integrity()
         return ticket.sequence_id
 
-    def step(self, should_yield: ShouldYield = never) -> list[Output]:
-        outputs = self.engine.step(should_yield)
+    def step(self, newcomers: Newcomers = nobody) -> list[Output]:
+        outputs = self.engine.step(newcomers)
         self.engine.check_integrity()
         for output in outputs:
             self.answers[output.sequence_id].add(output)
@@ -187,15 +188,16 @@ class Driver:
         return [self.answers[sequence_id] for sequence_id in ids]
 
 
-class YieldAfter:
-    """Says that a step is to be given up when it is asked for the n-th time, and never again."""
+class ComesLate:
+    """Newcomers of whom there is none before the n-th time they are asked for."""
 
-    def __init__(self, num_asked: int) -> None:
-        self.num_left = num_asked
+    def __init__(self, call: GenerateCall, *, num_asked: int) -> None:
+        self._call = call
+        self._num_left = num_asked
 
-    def __call__(self) -> bool:
-        self.num_left -= 1
-        return self.num_left == 0
+    def __call__(self) -> tuple[GenerateCall, ...]:
+        self._num_left -= 1
+        return () if self._num_left > 0 else (self._call,)
 
 
 class RecordingRunner:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from engine_fakes import (
     VOCAB,
-    YieldAfter,
+    ComesLate,
     all_ids,
     lone_run,
     make_call,
@@ -305,7 +305,7 @@ def test_a_step_given_up_half_way_changes_no_token(model):
     calls = [make_call(6, seed=n, max_tokens=6, priority=Priority.BATCH) for n in range(3)]
     ids = [driver.submit(call) for call in calls]
     for _ in range(6):
-        assert driver.step(YieldAfter(2)) == []  # in front of the second of two layers
+        assert driver.step(ComesLate(make_call(6), num_asked=2)) == []  # in front of the second of two layers
         driver.step()
     driver.finish()
     assert [driver.answers[n].ids for n in ids] == [lone_run(model, call) for call in calls]
@@ -316,7 +316,7 @@ def test_a_step_that_somebody_waits_for_is_never_given_up(model):
     driver = make_driver(model)
     driver.submit(make_call(6, max_tokens=4, priority=Priority.BATCH))
     driver.submit(make_call(6, seed=1, max_tokens=4))
-    driver.step(YieldAfter(1))
+    driver.step(ComesLate(make_call(6), num_asked=1))
     assert driver.engine.stats().num_yielded == 0
     assert driver.engine.stats().num_steps == 1
     driver.finish()

@@ -42,8 +42,10 @@ class Gate(PaperRunner):
         self.allowed = threading.Semaphore(0)
         self.arrived = threading.Semaphore(0)
         self.is_open = False
+        self.asked: list[bool] = []  # what each step, as it began, would have said to whether it is to be given up
 
     def run(self, plan: Plan, should_yield: ShouldYield = never) -> StepResult:
+        self.asked.append(should_yield())
         if plan.rows and not self.is_open:
             self.arrived.release()
             assert self.allowed.acquire(timeout=PATIENCE_S), "the test forgot the gate"
@@ -66,15 +68,17 @@ class Crash(PaperRunner):
 
 
 class Patient(PaperRunner):
-    """A runner whose steps of BATCH alone end only when they are told to yield, as often as is asked for."""
+    """A runner whose first steps end only when they are told to yield, as often as is asked for, if none of their rows
+    is among `spared`: ids of the sequences that steps are given up for."""
 
-    def __init__(self, num_yields: int) -> None:
+    def __init__(self, num_yields: int, *, spared: range) -> None:
         super().__init__()
         self.begun = threading.Semaphore(0)
         self.num_left = num_yields
+        self._spared = spared
 
     def run(self, plan: Plan, should_yield: ShouldYield = never) -> StepResult:
-        if plan.rows and plan.yields and self.num_left:
+        if plan.rows and self.num_left and not any(row.sequence_id in self._spared for row in plan.rows):
             self.num_left -= 1
             self.begun.release()
             end = time.monotonic() + PATIENCE_S
@@ -157,7 +161,7 @@ def ids_of(batches: list[TokenBatch]) -> tuple[int, ...]:
 
 
 async def test_a_step_of_a_batch_is_given_up_for_somebody_who_comes(make_loop):
-    patient = Patient(num_yields=2)
+    patient = Patient(num_yields=2, spared=range(1, 3))
     loop = make_loop(patient)
     batch = asyncio.ensure_future(collect(loop, make_call(6, max_tokens=4, priority=Priority.BATCH)))
     answers = []
@@ -170,7 +174,7 @@ async def test_a_step_of_a_batch_is_given_up_for_somebody_who_comes(make_loop):
 
 
 async def test_a_step_of_a_batch_goes_on_when_more_of_the_batch_comes(make_loop):
-    patient = Patient(num_yields=1)
+    patient = Patient(num_yields=1, spared=range(2, 3))
     loop = make_loop(patient)
     first = asyncio.ensure_future(collect(loop, make_call(6, max_tokens=4, priority=Priority.BATCH)))
     assert await asyncio.to_thread(patient.begun.acquire, timeout=PATIENCE_S)
@@ -180,6 +184,30 @@ async def test_a_step_of_a_batch_goes_on_when_more_of_the_batch_comes(make_loop)
     await collect(loop, make_call(6, seed=2, max_tokens=2))
     assert len(ids_of(await first)) == len(ids_of(await second)) == 4
     assert loop.stats().num_yielded == 1
+
+
+async def test_a_step_is_given_up_for_a_tenant_that_asks_for_little(make_loop):
+    patient = Patient(num_yields=0, spared=range(2, 3))
+    loop = make_loop(patient, config=CONFIG.resolve(num_blocks=2400, max_context=9600))
+    await collect(loop, make_call(9000, max_tokens=2, tenant="greedy"))
+    patient.num_left = 1
+    greedy = asyncio.ensure_future(collect(loop, make_call(6, seed=1, max_tokens=4, tenant="greedy")))
+    assert await asyncio.to_thread(patient.begun.acquire, timeout=PATIENCE_S)
+    assert len(ids_of(await collect(loop, make_call(6, seed=2, max_tokens=2, tenant="modest")))) == 2
+    assert len(ids_of(await greedy)) == 4
+    assert loop.stats().num_yielded == 1
+
+
+async def test_who_has_been_read_is_no_newcomer(make_loop):
+    """A step that began after somebody's message was read is not given up for that message."""
+    gate = Gate()
+    loop = make_loop(gate)
+    batch = asyncio.ensure_future(collect(loop, make_call(6, max_tokens=3, priority=Priority.BATCH)))
+    await gate.wait()
+    online = asyncio.ensure_future(collect(loop, make_call(6, seed=1, max_tokens=2)))
+    gate.open()
+    await asyncio.gather(batch, online)
+    assert all(not asked for asked in gate.asked)
 
 
 # -- streams ------------------------------------------------------------------------------------------

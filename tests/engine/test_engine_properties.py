@@ -11,8 +11,8 @@ from functools import cache
 import pytest
 from engine_fakes import (
     CONFIG,
+    ComesLate,
     Driver,
-    YieldAfter,
     lone_run,
     make_call,
     make_driver,
@@ -66,8 +66,9 @@ class Steps:
 
 @dataclass(frozen=True)
 class Yield:
-    """A step that is given up before its n-th layer, if nobody waits for any of its rows."""
+    """A step during which a tenant is about to come, before the n-th layer: given up if it makes way for that one."""
 
+    tenant: str
     num_asked: int
 
 
@@ -114,7 +115,7 @@ EVENTS = st.one_of(
     st.builds(Submit, calls(), st.booleans()),
     st.builds(Submit, calls(), st.just(True)),
     st.builds(Steps, st.integers(1, 6)),
-    st.builds(Yield, st.integers(1, 2)),
+    st.builds(Yield, st.sampled_from("tuv"), st.integers(1, 2)),
     st.builds(Abort, st.integers(0, 11)),
     st.builds(Supply, st.integers(0, 11)),
 )
@@ -152,8 +153,8 @@ class Story:
             case Steps(count):
                 for _ in range(count):
                     self.driver.step()
-            case Yield(num_asked):
-                self.driver.step(YieldAfter(num_asked))
+            case Yield(tenant, num_asked):
+                self.driver.step(ComesLate(make_call(4, tenant=tenant), num_asked=num_asked))
 
     def submit(self, call: GenerateCall, with_vectors: bool) -> None:
         bare = call if with_vectors else replace(call, images=tuple(replace(i, embedding=None) for i in call.images))

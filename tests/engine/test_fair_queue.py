@@ -5,7 +5,7 @@ from itertools import count
 import pytest
 from engine_fakes import make_call
 
-from omnilmm.engine.fair_queue import IDLE_CREDIT, OUTPUT_COST, FairQueue
+from omnilmm.engine.fair_queue import FAVOUR, IDLE_CREDIT, OUTPUT_COST, FairQueue
 from omnilmm.engine.sequence import Sequence
 
 
@@ -122,3 +122,32 @@ def test_it_knows_how_many_of_a_tenant_wait(make):
     for tenant in ("a", "b", "a"):
         queue.push(make(tenant))
     assert (queue.num_of("a"), queue.num_of("b"), len(queue)) == (2, 1, 3)
+
+
+def test_favour_is_for_who_asks_for_little(make):
+    queue = FairQueue()
+    for _ in range(40):
+        queue.push(make("busy"))
+    assert not queue.is_favoured("busy")
+    assert not queue.is_favoured("new")  # nobody has been served yet
+    serve(queue, 20, prompt=int(IDLE_CREDIT))
+    assert not queue.is_favoured("busy")
+    assert queue.is_favoured("new")
+    queue.push(make("new"))
+    assert queue.is_favoured("new")
+    assert serve(queue, 1, prompt=int(FAVOUR) - 1) == ["new"]
+    assert queue.is_favoured("new")  # just
+    queue.fine(make("new").call, 2)
+    assert not queue.is_favoured("new")
+    queue.push(make("new"))
+    assert serve(queue, 1) == ["new"]  # but it still has credit
+
+
+def test_a_fine_is_paid_by_who_is_about_to_come(make):
+    queue = FairQueue()
+    for _ in range(40):
+        queue.push(make("busy"))
+    serve(queue, 20, prompt=int(IDLE_CREDIT))
+    queue.fine(make("late", weight=2.0).call, 2 * (IDLE_CREDIT + 1))
+    queue.push(make("late"))
+    assert serve(queue, 1) == ["busy"]
