@@ -20,10 +20,12 @@ import psutil
 import yaml
 from bench_prompts import BenchPrompt
 
+from omnilmm.config import EngineConfig
 from omnilmm.tenancy.keys import new_key
 
 START_TIMEOUT_S = 600.0
 STOP_TIMEOUT_S = 60.0
+DEFAULT_BLOCKS = EngineConfig().num_blocks
 MODEL = "bench"
 
 
@@ -125,11 +127,14 @@ class Server:
                     yield usage.get("completion_tokens", 0), text
 
 
-def omnilmm_server(checkpoint: Path, dtype: str, scratch: Path, *, threads: int = 0) -> Server:
+def omnilmm_server(
+    checkpoint: Path, dtype: str, scratch: Path, *, threads: int = 0, num_blocks: int = DEFAULT_BLOCKS
+) -> Server:
     """`omnilmm serve` with its defaults; an API key because that is how it is run in earnest. `threads` are those of
     the engine, 0 for as many as there are cores."""
     port, (key, digest) = _free_port(), new_key()
-    models = [{"name": MODEL, "path": str(checkpoint), "dtype": dtype, "decoder": {"torch_threads": threads}}]
+    decoder = {"torch_threads": threads, "num_blocks": num_blocks}
+    models = [{"name": MODEL, "path": str(checkpoint), "dtype": dtype, "decoder": decoder}]
     keys = [{"tenant": "bench", "sha256": digest}]
     config = scratch / "serve_config.yaml"
     args = {"models": models, "keys": keys, "cache": {"redis": "none"}}

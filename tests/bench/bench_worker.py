@@ -32,10 +32,12 @@ from omnilmm.pipeline import start_engine
 class EngineSystem:
     """Our engine loop, fed with ids. Has the settings `omnilmm serve` has by default."""
 
-    def __init__(self, folder: Path, dtype: str, num_tokens: int, weight_dtype: WeightDtype | None = None) -> None:
+    def __init__(
+        self, folder: Path, dtype: str, num_tokens: int, *, num_blocks: int, weight_dtype: WeightDtype | None = None
+    ) -> None:
         config = read_model_config(folder)
         model = load_for_decoding(folder, config, dtype=dtype, weight_dtype=weight_dtype)
-        engine = EngineConfig()
+        engine = EngineConfig(num_blocks=num_blocks)
         room = min(config.max_context, engine.num_blocks * engine.block_size)
         self._loop = start_engine(model, engine.resolve(max_context=room), Silent(), owns_cores=True)
         self._num_tokens = num_tokens
@@ -105,11 +107,12 @@ def main() -> None:
     parser.add_argument("--dtype", required=True)
     parser.add_argument("--tokens", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--blocks", type=int, default=EngineConfig().num_blocks)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     kinds: dict[str, Any] = {
-        "engine": EngineSystem,
-        "engine-int8": partial(EngineSystem, weight_dtype="int8"),
+        "engine": partial(EngineSystem, num_blocks=args.blocks),
+        "engine-int8": partial(EngineSystem, num_blocks=args.blocks, weight_dtype="int8"),
         "generate": GenerateSystem,
     }
     system = kinds[args.system](args.folder, args.dtype, args.tokens)

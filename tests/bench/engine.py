@@ -37,7 +37,7 @@ import psutil
 import torch
 from bench_prompts import BenchPrompt, PromptMaker
 from bench_results import Measurement, closed_loop
-from bench_servers import Server, omnilmm_server, vllm_server
+from bench_servers import DEFAULT_BLOCKS, Server, omnilmm_server, vllm_server
 from roofline import copy_bandwidth, weight_bytes_per_step
 
 from cluster.cli import PROCESS_ENVIRONMENT
@@ -68,11 +68,12 @@ class System:
 
 @contextmanager
 def worker(
-    kind: str, folder: Path, dtype: str, threads: int
+    kind: str, folder: Path, dtype: str, threads: int, *, num_blocks: int = DEFAULT_BLOCKS
 ) -> Iterator[tuple[list[str], list[psutil.Process], Measure]]:
     """A child process that measures one in-process system."""
     command = [sys.executable, str(Path(__file__).with_name("bench_worker.py")), kind, str(folder)]
     command += ["--dtype", dtype, "--tokens", str(NUM_TOKENS), "--threads", str(threads)]
+    command += ["--blocks", str(num_blocks)] if num_blocks != DEFAULT_BLOCKS else []
     env = {**os.environ, **({} if kind == "generate" else PROCESS_ENVIRONMENT)}  # ours as the command sets it
     with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
