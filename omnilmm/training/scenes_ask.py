@@ -13,7 +13,17 @@ from collections.abc import Callable, Mapping, Set
 from omnilmm.training.scenes import COLOURS, SHAPES, Scene, Split, Thing, generator, is_held_out
 from omnilmm.training.scenes_check import Exchange, Kind
 from omnilmm.training.scenes_speech import CHINESE, ENGLISH, Speech
-from omnilmm.training.scenes_truth import is_only, place_names, place_of, relation, truth, way_to_name
+from omnilmm.training.scenes_truth import (
+    cell_names,
+    cell_of,
+    is_only,
+    kind_names,
+    place_names,
+    place_of,
+    relation,
+    truth,
+    way_to_name,
+)
 from omnilmm.training.scenes_words import PLACES
 
 Talk = tuple[Exchange, ...]
@@ -86,12 +96,16 @@ class _Asker:
         side = relation(first, second, axis)
         assert side is not None
         names = (self._name(first), self._name(second))
+        cells = (cell_of(first, axis), cell_of(second, axis))
+        allowed = kind_names(first) | kind_names(second) | cell_names(*cells)
         if self._rng.random() < 0.5:
-            question = self._say.which_side(*names, axis)
-            return (self._stated(Kind.RELATION, question, self._say.it_is(side), {self._say.side(side)}),)
+            question, required = self._say.which_side(*names, axis), {self._say.side(side)}
+            answer = self._say.for_they_lie(names, cells, axis, self._say.it_is(side))
+            return (self._stated(Kind.RELATION, question, answer, required, allowed),)
         asked = self._rng.choice(axis)
         question = self._say.is_it(*names, asked)
-        return (self._yes_or_no(Kind.RELATION, question, asked == side, self._say.it_is_so(asked == side)),)
+        answer = self._say.for_they_lie(names, cells, axis, self._say.it_is_so(asked == side))
+        return (self._yes_or_no(Kind.RELATION, question, asked == side, answer, allowed),)
 
     def exists(self) -> Talk:
         return (self._exists(),)
@@ -311,7 +325,7 @@ _KINDS: Mapping[str, tuple[float, _Maker]] = {
     "size": (0.7, _Asker.size),
     "where": (1.0, _Asker.where),
     "count": (1.6, _Asker.count),
-    "relation": (1.4, _Asker.relation),
+    "relation": (2.0, _Asker.relation),
     "exists": (1.4, _Asker.exists),
     "absent": (0.5, _Asker.absent),
     "read": (3.0, _Asker.read),

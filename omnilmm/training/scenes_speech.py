@@ -160,13 +160,22 @@ class Speech:
 
     def it_is(self, relation: str) -> str:
         if self._is_english:
-            return {"left": "To the left.", "right": "To the right."}.get(relation, f"{_capital(relation)}.")
-        return f"在{CHINESE_RELATIONS[relation]}。"
+            return {"left": "to the left", "right": "to the right"}.get(relation, relation)
+        return f"在{CHINESE_RELATIONS[relation]}"
 
     def it_is_so(self, is_so: bool) -> str:
         if self._is_english:
-            return "Yes, it is." if is_so else "No, it is not."
-        return "是的。" if is_so else "不是。"
+            return "yes" if is_so else "no"
+        return "是的" if is_so else "不是"
+
+    def for_they_lie(self, names: tuple[str, str], cells: tuple[int, int], axis: tuple[str, str], told: str) -> str:
+        """`told`, with its reason in front: the columns or rows in which the two lie. A model that says these first
+        has only to compare two numbers; asked for one word it has to find and compare in one breath."""
+        if self._is_english:
+            line = "column" if axis[0] == "left" else "row"
+            return f"{_capital(names[0])} is in {line} {cells[0]} and {names[1]} in {line} {cells[1]}: {told}."
+        line = "列" if axis[0] == "left" else "行"
+        return f"{names[0]}在第{cells[0]}{line}，{names[1]}在第{cells[1]}{line}：{told}。"
 
     def it_says(self, text: str, *, is_number: bool) -> str:
         if self._is_english:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from omnilmm.training.scenes import Thing
+from omnilmm.training.scenes import GRID, Thing
 from omnilmm.training.scenes_words import PLACES, RELATIONS
 
 _EDGE = 0.05
@@ -30,6 +30,16 @@ def relation(first: Thing, second: Thing, axis: tuple[str, str]) -> str | None:
     return None if abs(distance) < _APART else axis[distance > 0]
 
 
+def cell_of(thing: Thing, axis: tuple[str, str]) -> int:
+    """In which of the GRID columns (from the left) or rows (from the top) its centre lies, from 1."""
+    return min(int((thing.x if axis[0] == "left" else thing.y) * GRID), GRID - 1) + 1
+
+
+def cell_names(*cells: int) -> frozenset[str]:
+    """What names these cells or the next to them: a centre may lie on a border."""
+    return frozenset(f"number {near}" for cell in cells for near in (cell - 1, cell, cell + 1))
+
+
 def is_only(thing: Thing, things: Sequence[Thing], attribute: str) -> bool:
     """Whether no other of the things has its `attribute`; "both" are colour and shape."""
     if attribute == "both":
@@ -47,7 +57,11 @@ def place_names(place: str | None) -> frozenset[str]:
     return frozenset(f"place {word}" for word in (place or "").split())
 
 
+def kind_names(thing: Thing) -> frozenset[str]:
+    """What names it by its colour and shape."""
+    return frozenset({f"shape {thing.shape}", f"colour {thing.colour}"})
+
+
 def truth(thing: Thing) -> frozenset[str]:
-    """Everything that may be said of it."""
-    own = {f"shape {thing.shape}", f"colour {thing.colour}", f"size {thing.size}"}
-    return place_names(place_of(thing)) | own
+    """Everything that may be said of it, but for the cell it lies in."""
+    return place_names(place_of(thing)) | kind_names(thing) | {f"size {thing.size}"}

@@ -10,6 +10,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, distributed
 
+from omnilmm.errors import OmniError
+
+
+class WorkerLost(OmniError):
+    """Another worker failed. Why, it says itself."""
+
 
 class Workers(Protocol):
     """This process among its like."""
@@ -18,7 +24,11 @@ class Workers(Protocol):
     world: int
 
     def add_up(self, tensors: Iterable[Tensor]) -> None:
-        """Replace every tensor, in place, by its sum over all workers. Each must call it with the same shapes."""
+        """Replace every tensor, in place, by its sum over all workers. Each must call it with the same shapes.
+
+        Raises:
+            WorkerLost: one of them has ended.
+        """
         ...
 
 
@@ -39,7 +49,10 @@ class TorchWorkers:
     def add_up(self, tensors: Iterable[Tensor]) -> None:
         held = list(tensors)
         flat = torch.cat([tensor.reshape(-1) for tensor in held])  # one message instead of hundreds
-        distributed.all_reduce(flat)
+        try:
+            distributed.all_reduce(flat)
+        except RuntimeError as error:  # as gloo and NCCL tell it, with lines of their source
+            raise WorkerLost("another worker has ended, or cannot be reached") from error
         for tensor, part in zip(held, flat.split([tensor.numel() for tensor in held]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
