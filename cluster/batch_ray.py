@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from cluster.batch_service import Load
-from cluster.local import RAY_ENVIRONMENT
+from cluster.ray_session import check_room, connected, missing_packages
 from omnilmm.batch.offline import Done, Progress
 from omnilmm.batch.sources import Row
 from omnilmm.errors import ConfigError, StartupError
@@ -27,13 +26,12 @@ if TYPE_CHECKING:
 
 MAX_LINES = 16
 """Lines of a parcel. What a decoder has in hand when it dies is asked again, by the parcel."""
-MIN_CPUS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Pools:
-    """Where the stages run. `address` is "local" for a cluster of this run's own, "auto" for the one of this machine,
-    or a cluster's. Every encoder and decoder books one CPU and `gpus` GPUs."""
+    """Where the stages run: the cluster's address as in `ray_session.connected`, and how many there are. Every encoder
+    and decoder books one CPU and `gpus` GPUs."""
 
     address: str
     encoders: int = 1
@@ -184,40 +182,14 @@ def result_schema() -> pyarrow.Schema:
 
 @contextmanager
 def _cluster(pools: Pools) -> Iterator[None]:
-    """Connected to the cluster. One of this run's own ends with it."""
-    is_own = pools.address == "local"
-    for name, value in RAY_ENVIRONMENT.items() if is_own else [("RAY_USAGE_STATS_ENABLED", "0")]:
-        os.environ.setdefault(name, value)
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise ConfigError(f"Ray Data needs pip install 'omnilmm-serve[batch]' ({error})") from None
-    own: dict[str, Any] = {}
-    if is_own:
-        own["num_cpus"] = max(os.cpu_count() or 1, MIN_CPUS, pools.encoders + pools.decoders)
-        own["include_dashboard"] = False
-    try:
-        ray.init(address=pools.address, log_to_driver=False, logging_level=logging.ERROR, **own)
-    except (ConnectionError, ValueError) as error:
-        raise ConfigError(f"no Ray cluster at {pools.address}: {error}") from None
-    try:
-        _be_quiet()
-        _check_room(pools)
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _check_room(pools: Pools) -> None:
-    """Raises ConfigError where the pools could never start, and Ray would wait for machines for ever."""
-    import ray
-
-    there = ray.cluster_resources()
+    """Connected to the cluster, which has room for the pools."""
+    if missing := missing_packages():
+        raise ConfigError(f"Ray Data needs pip install 'omnilmm-serve[batch]' (no {', '.join(missing)})")
     num = pools.encoders + pools.decoders
-    for name, wanted in (("CPU", float(num)), ("GPU", num * pools.gpus)):
-        if there.get(name, 0.0) < wanted:
-            raise ConfigError(f"the pools need {wanted:g} {name}s, the cluster has {there.get(name, 0.0):g}")
+    with connected(pools.address, num_cpus=num):
+        _be_quiet()
+        check_room({"CPU": num, "GPU": num * pools.gpus}, "the pools")
+        yield
 
 
 def _be_quiet() -> None:

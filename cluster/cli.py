@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from cluster.adapters import adapters
@@ -63,7 +64,7 @@ def main() -> None:
     try:
         app()
     except OmniError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error.message}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(error.message)}", highlight=False, soft_wrap=True)
         raise SystemExit(1) from None
 
 
@@ -224,7 +225,7 @@ def _host_models_again(cluster: LocalCluster, config: Path | None, say: Any) -> 
             say("[yellow]only applications of deployments.app:build_model change without a restart[/]")
         cluster.host_models(hosted, say)
     except OmniError as error:
-        say(f"[bold red]nothing more is changed:[/] {error.message}")
+        say(f"[bold red]nothing more is changed:[/] {escape(error.message)}")
     else:
         say("models are as the file says")
 

@@ -16,9 +16,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from cluster.train_ray import Place, train_on_ray
 from omnilmm.config import InputHandling
 
 if TYPE_CHECKING:
+    from omnilmm.training.config import TrainingConfig
     from omnilmm.training.evaluation import Report, Score
     from omnilmm.training.learner import Learner
 
@@ -26,18 +28,41 @@ if TYPE_CHECKING:
 def train(
     config: Annotated[Path, typer.Option(help="A YAML file that describes the run.", exists=True, dir_okay=False)],
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the latest state in the output folder.")] = False,
-    threads: Annotated[int, typer.Option(min=0, help="CPU threads of each process; 0 for every core.")] = 0,
-    workers: Annotated[int, typer.Option(min=1, help="Processes on this machine that share the rows of a step.")] = 1,
+    threads: Annotated[
+        int, typer.Option(min=0, help="CPU threads of each worker; 0 for every core, or one where there are several.")
+    ] = 0,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that share the rows of a step.")] = 1,
+    ray: Annotated[
+        str | None,
+        typer.Option(help='Have the workers on a Ray cluster: its address, "auto", or "local" for one of our own.'),
+    ] = None,
 ) -> None:
     """Tune a model on conversations with pictures. Ctrl-C saves a state to resume from and stops."""
     from omnilmm.training.config import read_training_config
 
-    read_training_config(config)  # what is wrong with it is told before anything starts
+    settings = read_training_config(config)  # what is wrong with it is told before anything starts
+    if ray is not None:
+        _train_on_ray(settings, Place(ray, workers, threads or 1), config, resume)
+        return
     if workers == 1:
         _train(0, config, resume, threads, 1, "")
         return
     with tempfile.TemporaryDirectory() as meeting:
         _run_together(workers, (config, resume, threads or 1, workers, f"file://{meeting}/place"))
+
+
+def _train_on_ray(settings: TrainingConfig, place: Place, config: Path, resume: bool) -> None:
+    from omnilmm.training.curve import Bar
+
+    console = Console(highlight=False, soft_wrap=True)
+    asked = _StopAsked()
+    with Bar(settings.steps, console) as display:
+        written = train_on_ray(settings, place, resume=resume, display=display, should_stop=asked)
+    if written is None:
+        options = f"--workers {place.workers} --ray {place.address}"
+        console.print(f"stopped; go on with: omnilmm train --config {config} --resume {options}")
+    else:
+        console.print(f"written: {written}")
 
 
 def _run_together(workers: int, shared: tuple[Any, ...]) -> None:
