@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from omnilmm.engine.held import HeldDecodes, HeldGroup, block_table, rounded
+from omnilmm.engine.held import HeldDecodes, HeldGroup, Layers, block_table, rounded
 from omnilmm.engine.kv import PagedKV, Window
 from omnilmm.engine.plan import Row
 from omnilmm.models.attention import Attend, attention_products, attention_sdpa
@@ -24,7 +24,7 @@ from omnilmm.models.attention import Attend, attention_products, attention_sdpa
 MAX_PADDING = 1024
 """Padded positions a group of decodes may hold: about as many as one more attention call costs."""
 
-SMALL = 2048
+SMALL = 1280
 """Keys, over all heads, up to which a group of decodes is faster in torch's fused kernel than as matrix products."""
 
 QUERY_TILE = 128
@@ -94,31 +94,33 @@ class _Decodes:
 
     first: int  # token
     num_rows: int
-    num_seen: int  # keys that every row sees
-    num_keys: int
     past: HeldGroup | Window
-    mask: Tensor | None  # (num_rows * kv_heads, 1, 1, num_keys) in the pool's dtype, 0 or -inf
+    keys: Layers  # of the past, each (num_rows * kv_heads, num_keys, head_dim)
+    values: Layers
+    mask: Tensor | None  # (num_rows * kv_heads, 1, 1, width) for the last keys, in the pool's dtype, 0 or -inf
+    is_small: bool  # for the fused kernel: the mask is as wide as the keys
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether what it reads is known but for this step's keys and values: it asks the pool for nothing."""
+        return isinstance(self.past, HeldGroup) and self.past.newest is not None
 
     def attend(self, kv: PagedKV, layer: int, q: Tensor, new_k: Tensor, new_v: Tensor) -> Tensor:
         """Of the step's q (T, heads, head_dim), what these rows read: (num_rows, heads, head_dim)."""
-        k, v = self._past(kv, layer, new_k, new_v)  # each (num_rows * kv_heads, num_keys, head_dim)
-        rows = self._own(q)
-        queries = rows.reshape(len(k), -1, 1, q.shape[-1])
-        scale = q.shape[-1] ** -0.5
-        if k.shape[0] * k.shape[1] > SMALL:
-            hidden = None if self.mask is None else self.mask[..., self.num_seen :]
-            return attention_products(queries, k, v, scale=scale, mask=hidden).view(rows.shape)
-        # The heads that share a key head take the place of queries, and the key heads of all rows that of heads.
-        mask = None if self.mask is None else self.mask.squeeze(1)
-        out = attention_sdpa(queries.view(1, len(k), -1, q.shape[-1]), k[None], v[None], scale=scale, mask=mask)
-        return out.view(rows.shape)
-
-    def _past(self, kv: PagedKV, layer: int, new_k: Tensor, new_v: Tensor) -> tuple[Tensor, Tensor]:
         if isinstance(self.past, Window):
             kv.read(layer, self.past)
-            return self.past.keys, self.past.values
-        self.past.update(kv, layer, self._own(new_k), self._own(new_v))
-        return self.past.keys[layer, :, : self.num_keys], self.past.values[layer, :, : self.num_keys]
+        else:
+            self.past.update(kv, layer, self._own(new_k), self._own(new_v))
+        k, v = self.keys[layer], self.values[layer]
+        rows = self._own(q)
+        scale = q.shape[-1] ** -0.5
+        if not self.is_small:
+            queries = rows.reshape(len(k), -1, 1, q.shape[-1])
+            return attention_products(queries, k, v, scale=scale, mask=self.mask).view(rows.shape)
+        # The heads that share a key head take the place of queries, and the key heads of all rows that of heads.
+        queries = rows.reshape(1, len(k), -1, q.shape[-1])
+        mask = None if self.mask is None else self.mask.movedim(0, 1)
+        return attention_sdpa(queries, k[None], v[None], scale=scale, mask=mask).view(rows.shape)
 
     def _own(self, x: Tensor) -> Tensor:
         return x if len(x) == self.num_rows else x[self.first : self.first + self.num_rows]
@@ -177,13 +179,24 @@ class GatheredAttend:
             *_decodes(batch, kv, held or HeldDecodes(kv), num_decodes),
             *_chunks(batch, kv, num_decodes),
         )
+        # What nobody asks the pool for in this step goes there in one piece at its end.
+        self._unwritten: list[tuple[Tensor, Tensor]] = []
+        self._can_wait = all(isinstance(part, _Decodes) and part.goes_on for part in self._parts)
         if len(batch.begun):
             kv.begin(batch.begun)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self._kv.write(layer, self._places, k, v)
+        self._write(layer, k, v)
         pieces = [part.attend(self._kv, layer, q, k, v) for part in self._parts]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        if not self._can_wait:
+            self._kv.write(layer, self._places, k, v)
+            return
+        self._unwritten.append((k, v))
+        if len(self._unwritten) == self._kv.num_layers:  # they come in order
+            self._kv.write_all(self._places, *zip(*self._unwritten, strict=True))
 
 
 def _chunks(batch: Batch, kv: PagedKV, num_decodes: int) -> Iterator[_Chunk]:
@@ -201,16 +214,26 @@ def _decodes(batch: Batch, kv: PagedKV, held: HeldDecodes, num_decodes: int) -> 
     for (begin, _), rows, group in zip(ranges, groups, held.hold(groups), strict=True):
         num_blocks = rounded(len(rows[0].block_ids))
         num_keys = num_blocks * kv.block_size
-        if group is not None and len(rows) * kv.num_heads * num_keys > SMALL:
-            num_keys = group.width  # a slice of what is held would be copied by every product, which takes far longer
-        mask = None
-        if any(row.end < num_keys for row in rows):
-            ends = np.repeat([row.end for row in rows], kv.num_heads)
-            hidden = torch.from_numpy(np.arange(num_keys) >= ends[:, None])  # (rows * kv_heads, num_keys)
-            mask = torch.zeros(hidden.shape, dtype=kv.dtype).masked_fill(hidden, -torch.inf)
-            mask = mask.to(batch.device)[:, None, None]
+        is_small = len(rows) * kv.num_heads * num_keys <= SMALL
+        if is_small and rows[0].end == rows[-1].end:
+            num_keys = rows[0].end  # the fused kernel reads a slice where it lies, and nothing is to be masked
+        elif not is_small and group is not None:
+            num_keys = group.width  # products would copy a slice, which takes far longer than to read it all
         past = group or kv.window(block_table(rows, num_blocks, batch.device))
-        yield _Decodes(begin, len(rows), rows[-1].end, num_keys, past, mask)
+        if isinstance(past, HeldGroup):
+            keys, values = (side[:, :, :num_keys].unbind() for side in (past.keys, past.values))
+        else:
+            keys, values = ((side[:, :num_keys],) * kv.num_layers for side in (past.keys, past.values))
+        seen_by_all = 0 if is_small else rows[-1].end
+        mask = _mask(rows, kv, range(seen_by_all, num_keys)).to(batch.device) if rows[-1].end < num_keys else None
+        yield _Decodes(begin, len(rows), past, keys, values, mask, is_small)
+
+
+def _mask(rows: Sequence[Row], kv: PagedKV, keys: range) -> Tensor:
+    """Which of these keys each row sees: (num_rows * kv_heads, 1, 1, number of keys) in the pool's dtype, 0 or -inf."""
+    ends = np.repeat([row.end for row in rows], kv.num_heads)
+    hidden = torch.from_numpy(np.array(keys) >= ends[:, None])  # (rows * kv_heads, keys)
+    return torch.zeros(hidden.shape, dtype=kv.dtype).masked_fill(hidden, -torch.inf)[:, None, None]
 
 
 def _similar(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:

@@ -16,8 +16,11 @@ from torch import Tensor
 from omnilmm.engine.kv import PagedKV
 from omnilmm.engine.plan import Row
 
-HEADROOM = 4
-"""Blocks of room beyond the longest row, so that a group is gathered once for that many blocks of answer."""
+HEADROOM = 1
+"""Blocks of room beyond the longest row: products read it in every step, and without it all is soon gathered anew."""
+
+Layers = tuple[Tensor, ...]
+"""A view of something for each layer."""
 
 
 @dataclass(slots=True)
@@ -33,7 +36,7 @@ class HeldGroup:
     gathered: Tensor  # (layers, num_pages, block_size * head_dim)
     keys: Tensor  # (layers, rows * kv_heads, width, head_dim), a view of `gathered` as `values` is
     values: Tensor
-    newest: Tensor | None = None  # (rows * kv_heads,) int64, where this step's keys go; None: all is to be gathered
+    newest: Newest | None = None  # where this step's keys and values go; None: all is to be gathered
 
     @property
     def width(self) -> int:
@@ -49,19 +52,45 @@ class HeldGroup:
 
     def go_on(self, rows: Sequence[Row]) -> None:
         self.ends = tuple(row.end for row in rows)
-        num_heads = self.keys.shape[1] // len(rows)
-        heads = np.arange(len(rows) * num_heads).reshape(len(rows), num_heads)
-        places = heads * self.width + np.array([row.start for row in rows])[:, None]
-        self.newest = torch.from_numpy(places.reshape(-1)).to(self.keys.device)
+        self.newest = Newest.of(self, [row.start for row in rows])
 
     def update(self, kv: PagedKV, layer: int, k: Tensor, v: Tensor) -> None:
-        """Bring a layer up to date: k and v (rows, kv_heads, head_dim) are this step's, and in the pool already."""
+        """Bring a layer up to date: k and v (rows, kv_heads, head_dim) are this step's. A group that does not go on
+        reads them in the pool, where they must be already."""
         if self.newest is None:
             kv.gather(layer, self.pages, self.gathered[layer])
-            return
-        head_dim = k.shape[-1]
-        self.keys[layer].view(-1, head_dim).index_copy_(0, self.newest, k.reshape(-1, head_dim))
-        self.values[layer].view(-1, head_dim).index_copy_(0, self.newest, v.reshape(-1, head_dim))
+        else:
+            self.newest.write(layer, k, v)
+
+
+@dataclass(frozen=True, slots=True)
+class Newest:
+    """The newest position of each row, where keys and values are held."""
+
+    keys: Layers  # a single row: (1, kv_heads, head_dim), that position itself; several: (all positions, head_dim)
+    values: Layers
+    places: Tensor | None  # of several rows, (rows * kv_heads,) int64, which of all positions
+
+    @staticmethod
+    def of(held: HeldGroup, positions: Sequence[int]) -> Newest:
+        if len(positions) == 1:  # a plain copy takes half as long as one by index
+            (position,) = positions
+            keys, values = (side[:, None, :, position].unbind() for side in (held.keys, held.values))
+            return Newest(keys, values, None)
+        num_heads = held.keys.shape[1] // len(positions)
+        heads = np.arange(held.keys.shape[1]).reshape(len(positions), num_heads)
+        places = heads * held.width + np.array(positions)[:, None]
+        keys, values = (side.flatten(1, 2).unbind() for side in (held.keys, held.values))
+        return Newest(keys, values, torch.from_numpy(places.reshape(-1)).to(held.keys.device))
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Put k and v (rows, kv_heads, head_dim) there."""
+        if self.places is None:
+            self.keys[layer].copy_(k)
+            self.values[layer].copy_(v)
+        else:
+            self.keys[layer].index_copy_(0, self.places, k.reshape(-1, k.shape[-1]))
+            self.values[layer].index_copy_(0, self.places, v.reshape(-1, v.shape[-1]))
 
 
 class HeldDecodes:

@@ -6,6 +6,7 @@ So a head's past is gathered page by page, and lies ready for one matrix product
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,6 +79,14 @@ class PagedKV:
         rows = self._rows[layer]
         rows.index_copy_(0, places.keys, k.reshape(-1, self.head_dim))
         rows.index_copy_(0, places.values, v.reshape(-1, self.head_dim))
+
+    def write_all(self, places: Places, ks: Sequence[Tensor], vs: Sequence[Tensor]) -> None:
+        """`write` for every layer, in one piece: ks and vs have each layer's (T, kv_heads, head_dim)."""
+        rows = self._pool.view(-1, self.head_dim)
+        firsts = torch.arange(0, len(rows), len(self._rows[0]), device=rows.device)  # of each layer
+        own = torch.stack((places.keys, places.values))  # (2, T * kv_heads)
+        written = torch.cat((*ks, *vs)).view(-1, self.head_dim)  # by side and layer
+        rows.index_copy_(0, (own[:, None] + firsts[:, None]).flatten(), written)
 
     @property
     def num_pages(self) -> int:

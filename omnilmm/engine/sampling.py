@@ -29,12 +29,19 @@ milliseconds a row. Most draws are settled by the first few."""
 def draw_tokens(logits: Tensor, draws: Sequence[Draw]) -> list[Drawn]:
     """Draw one token per row of logits (N, vocab) float32, all finite and left as they are."""
     scores = _adjust(logits, draws)
-    ids = scores.argmax(dim=-1)  # (N,); of equals, the lowest id
+    ids = _best(scores)
     if random_rows := [row for row, draw in enumerate(draws) if draw.sampling.temperature > 0]:
         rows = torch.tensor(random_rows, device=logits.device)
         ids[rows] = _draw_random(scores[rows], _Filters.of([draws[row] for row in random_rows], logits.device))
     logprobs = _logprobs(logits, ids, draws)
     return [Drawn(token_id, logprobs.get(row)) for row, token_id in enumerate(ids.tolist())]
+
+
+def _best(scores: Tensor) -> Tensor:
+    """The id (N,) of each row's highest score; of equals, the lowest."""
+    if scores.device.type == "cpu":  # numpy compares many numbers at a time, torch one: a tenth of the time
+        return torch.from_numpy(scores.numpy().argmax(axis=-1))
+    return scores.argmax(dim=-1)
 
 
 def distribution(logits: Tensor, draws: Sequence[Draw]) -> Tensor:

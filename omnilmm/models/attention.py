@@ -61,7 +61,7 @@ def attention_products(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: T
     """
     scores = torch.baddbmm(q.new_empty(1), q.flatten(1, 2), k.transpose(1, 2), beta=0, alpha=scale)
     if mask is not None:
-        scores.view(*q.shape[:3], -1)[..., -mask.shape[-1] :] += mask
+        scores.view(*q.shape[:3], -1)[..., -mask.shape[-1] :].add_(mask)  # in place: += would write it twice
     return torch.bmm(scores.softmax(dim=-1), v).view(q.shape)  # scores: (kv_heads, groups * num_queries, num_keys)
 
 

@@ -6,6 +6,7 @@ thirds of the time, and 8 bits are half as much to read. Neither form can be tra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -19,11 +20,14 @@ from omnilmm.models.attention import Attend
 from omnilmm.models.config import ModelConfig
 from omnilmm.models.decoder import DecoderLayer, LanguageModel
 from omnilmm.models.device import apart
-from omnilmm.models.layers import rms_norm
+from omnilmm.models.layers import RMSNorm
 from omnilmm.models.positions import rotate
 from omnilmm.models.weights import Progress, load_language_model
 
 WeightDtype = Literal["int8"]
+
+FEW = 4
+"""Tokens up to which a norm of twice the width is faster than several operations of the width itself."""
 
 WIDE = 24
 """Rows from which 8-bit weights are widened before the product: torch's kernel for them is made for few."""
@@ -36,9 +40,15 @@ class PackedLinear(nn.Module):
         super().__init__()
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 1)
         self._product = torch.ops.mkldnn._linear_pointwise.default
+        self._sum = torch.ops.mkldnn._linear_pointwise.binary
 
-    def forward(self, x: Tensor) -> Tensor:
-        product: Tensor = self._product(x, self._weight, None, "none", [], "")
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x (T, in) W^T, to which `residual` (T, out) is added before it is rounded."""
+        product: Tensor
+        if residual is None:
+            product = self._product(x, self._weight, None, "none", [], "")
+        else:
+            product = self._sum(x, residual, self._weight, None, "add")
         return product
 
 
@@ -59,14 +69,38 @@ class Int8Linear(nn.Module):
         self.register_buffer("levels", levels.to(torch.int8))
         self.register_buffer("scale", scale)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x (T, in) W^T plus `residual` (T, out)."""
         if x.shape[0] < WIDE:
-            return torch._weight_int8pack_mm(x.contiguous(), self.levels, self.scale)
-        return functional.linear(x, self.levels.to(x.dtype)) * self.scale
+            product = torch._weight_int8pack_mm(x.contiguous(), self.levels, self.scale)
+        else:
+            product = functional.linear(x, self.levels.to(x.dtype)) * self.scale
+        return product if residual is None else product.add_(residual)
+
+
+class PackedNorm:
+    """RMSNorm as few operations: for a token or four, each of them takes longer to call than to compute.
+
+    It is rounded once, behind the weight, where Llama's own is rounded before it too.
+    """
+
+    def __init__(self, norm: RMSNorm) -> None:
+        weight = norm.weight.detach()
+        self._width, self._eps = weight.shape[0], norm.eps
+        self._twice = torch.cat((weight, weight))
+        self._scaled = weight.float() * math.sqrt(self._width)
+        self._least = torch.tensor(math.sqrt(self._width * norm.eps))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if len(x) <= FEW:  # beside its own negative it has mean 0, and the variance is the mean square
+            both = torch.cat((x, -x), dim=-1)
+            return functional.layer_norm(both, (2 * self._width,), self._twice, None, self._eps)[:, : self._width]
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)  # (T, 1)
+        return (x / torch.hypot(norm, self._least)).mul_(self._scaled).to(x.dtype)
 
 
 class PackedLayer(nn.Module):
-    """A DecoderLayer whose matrices have another form. Its parts keep their names, and their sums their order.
+    """A DecoderLayer whose matrices have another form. Its parts keep their names.
 
     They are called in one piece: a step of few tokens is so short that looking for a module within a module, and
     calling it, a dozen times a layer is a tenth of it.
@@ -80,20 +114,27 @@ class PackedLayer(nn.Module):
             for name, linear in list(part.named_children()):
                 setattr(part, name, make(linear.get_parameter("weight")))
         self._linears = (self.attention.qkv, self.attention.out, self.mlp.gate_up, self.mlp.down)
-        self._norms = (self.attention_norm.weight.detach(), self.mlp_norm.weight.detach())
-        self._norm_eps, self._residual_scale = layer.mlp_norm.eps, layer.residual_scale
+        self._norms = (PackedNorm(self.attention_norm), PackedNorm(self.mlp_norm))
+        self._residual_scale = layer.residual_scale
         self._layer, self._head_dim = layer.attention.layer, layer.attention.head_dim
         self._num_heads, self._num_kv_heads = layer.attention.num_heads, layer.attention.num_kv_heads
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         qkv_of, out_of, gate_up_of, down_of = self._linears
+        attention_norm, mlp_norm = self._norms
         num_heads, num_qk = self._num_heads, self._num_heads + self._num_kv_heads
-        qkv = qkv_of(rms_norm(x, self._norms[0], self._norm_eps)).view(len(x), -1, self._head_dim)
+        qkv = qkv_of(attention_norm(x)).view(len(x), -1, self._head_dim)
         qk = rotate(qkv[:, :num_qk], angles)
-        seen = attend(self._layer, qk[:, :num_heads], qk[:, num_heads:], qkv[:, num_qk:])
-        x = torch.add(x, out_of(seen.flatten(1)), alpha=self._residual_scale)
-        gate, up = gate_up_of(rms_norm(x, self._norms[1], self._norm_eps)).chunk(2, dim=-1)
-        return torch.add(x, down_of(functional.silu(gate) * up), alpha=self._residual_scale)
+        seen = attend(self._layer, qk[:, :num_heads], qk[:, num_heads:], qkv[:, num_qk:]).flatten(1)
+        x = self._added(x, out_of, seen)
+        gate, up = gate_up_of(mlp_norm(x)).chunk(2, dim=-1)
+        return self._added(x, down_of, functional.silu(gate) * up)
+
+    def _added(self, x: Tensor, branch: nn.Module, inner: Tensor) -> Tensor:
+        if self._residual_scale == 1.0:
+            total: Tensor = branch(inner, x)
+            return total
+        return torch.add(x, branch(inner), alpha=self._residual_scale)
 
 
 def load_for_decoding(

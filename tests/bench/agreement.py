@@ -148,9 +148,10 @@ class FixedRows(nn.Module):
         super().__init__()
         self._linear, self._num_rows = linear, num_rows
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         padded = functional.pad(x, (0, 0, 0, -len(x) % self._num_rows))
-        return torch.cat([self._linear(piece) for piece in padded.split(self._num_rows)])[: len(x)]
+        out = torch.cat([self._linear(piece) for piece in padded.split(self._num_rows)])[: len(x)]
+        return out if residual is None else out + residual
 
 
 def load_with_fixed_rows(folder: Path, config: ModelConfig, num_rows: int) -> LanguageModel:

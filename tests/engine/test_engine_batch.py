@@ -177,9 +177,47 @@ def test_a_group_that_goes_on_reads_what_a_new_one_would(monkeypatch):
         q = torch.randn(len(ends), 4, 8, generator=generator)
         k, v = torch.randn(2, len(ends), 2, 8, generator=generator)
         del gathered[:]
-        out = factory(batch, kv)(0, q, k, v)
-        assert len(gathered) == expected, ends
-        assert torch.equal(out, GatheredAttend(batch, kv)(0, q, k, v)), ends
+        attend, anew = factory(batch, kv), GatheredAttend(batch, kv)
+        outs = [attend(layer, q, k + layer, v - layer) for layer in range(kv.num_layers)]
+        assert len(gathered) == kv.num_layers * expected, ends
+        for layer, out in enumerate(outs):
+            assert torch.equal(out, anew(layer, q, k + layer, v - layer)), (ends, layer)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_what_goes_on_writes_to_the_pool_at_the_end_of_a_step(num_rows, monkeypatch):
+    """Keys and values of all layers in one piece, and the same ones as a step that is gathered writes."""
+    written = []
+    monkeypatch.setattr(PagedKV, "write", lambda kv, *a, _write=PagedKV.write: (written.append(1), _write(kv, *a)))
+    one, other = make_kv(), make_kv()
+    factory = GatheredAttention()
+    generator = torch.Generator().manual_seed(3)
+    for end in (6, 7, 8, 9):
+        batch = build_batch(held_rows({index: end - index for index in range(num_rows)}), block_size=SIZE, device=CPU)
+        attend, anew = factory(batch, one), GatheredAttend(batch, other)
+        del written[:]
+        for layer in range(one.num_layers):
+            q = torch.randn(num_rows, 4, 8, generator=generator)
+            k, v = torch.randn(2, num_rows, 2, 8, generator=generator)
+            attend(layer, q, k, v)
+            assert len(written) == (layer + 1 if end == 6 else 0)
+            anew(layer, q, k, v)
+            del written[layer + 1 if end == 6 else 0 :]
+        assert torch.equal(one._pool, other._pool), end
+
+
+def test_a_step_that_stops_halfway_leaves_nothing_that_goes_on():
+    kv = make_kv()
+    factory = GatheredAttention()
+    q, k, v = torch.randn(1, 4, 8), *torch.randn(2, 1, 2, 8)
+    for end in (6, 7):
+        attend = factory(build_batch(held_rows({0: end}), block_size=SIZE, device=CPU), kv)
+        for layer in range(kv.num_layers if end == 6 else 1):
+            attend(layer, q, k, v)
+    again = factory(build_batch(held_rows({0: 7}), block_size=SIZE, device=CPU), kv)
+    fresh = GatheredAttend(build_batch(held_rows({0: 7}), block_size=SIZE, device=CPU), kv)
+    for layer in range(kv.num_layers):
+        assert torch.equal(again(layer, q, k, v), fresh(layer, q, k, v))
 
 
 def test_products_get_what_is_held_in_one_piece(monkeypatch):
@@ -219,7 +257,7 @@ def test_a_group_that_outgrows_its_room_is_gathered_anew():
 def test_what_is_held_stays_within_a_quarter_of_the_pool():
     kv = make_kv(num_blocks=256)
     held = HeldDecodes(kv)
-    rows = [make_row(index, 4 * SIZE - 1, 1, (0, 1, 2, 3)) for index in range(9)]
+    rows = [make_row(index, 4 * SIZE - 1, 1, (0, 1, 2, 3)) for index in range(13)]
     for _ in range(2):
         assert held.hold([rows]) == [None]
-    assert held.hold([rows[:8]])[0] is not None
+    assert held.hold([rows[:12]])[0] is not None

@@ -16,7 +16,16 @@ from omnilmm.errors import ConfigError
 from omnilmm.models.attention import DenseAttend
 from omnilmm.models.config import LanguageConfig
 from omnilmm.models.decoder import LanguageModel
-from omnilmm.models.packed import WIDE, Int8Linear, PackedLinear, load_for_decoding, prepare_for_decoding
+from omnilmm.models.layers import RMSNorm
+from omnilmm.models.packed import (
+    FEW,
+    WIDE,
+    Int8Linear,
+    PackedLinear,
+    PackedNorm,
+    load_for_decoding,
+    prepare_for_decoding,
+)
 
 needs_bfloat16 = pytest.mark.skipif(
     not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN does not compute in bfloat16 here"
@@ -74,6 +83,34 @@ def test_packed_weights_give_the_same_answers(is_tied: bool) -> None:
     assert len(linears(model)) == 9
     assert all(isinstance(linear, PackedLinear) for linear in linears(model))
     assert_close(logits(model), before, atol=0.02 * before.abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize("num_rows", [1, FEW, FEW + 1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_packed_norm_is_rounded_once(num_rows: int, dtype: torch.dtype) -> None:
+    norm = RMSNorm(96, 1e-5).to(dtype).requires_grad_(False)
+    norm.weight.normal_(1.0, 0.3)
+    scales = torch.logspace(-3, 3, num_rows)[:, None]
+    x = (torch.randn(num_rows, 96) * scales + 2 * scales).to(dtype)  # of a mean far from 0
+    x[0] *= 0 if num_rows > FEW else 1
+    exact = x.double() / (x.double().square().mean(dim=-1, keepdim=True) + norm.eps).sqrt() * norm.weight.double()
+    out = PackedNorm(norm)(x)
+    assert out.dtype == dtype
+    assert_close(out.double(), exact, rtol=2**-8 if dtype == torch.bfloat16 else 1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("scale_depth", [1.4, None])
+@pytest.mark.parametrize("weight_dtype", [pytest.param(None, marks=needs_bfloat16), "int8"])
+@pytest.mark.parametrize("num_rows", [1, 20, 40])
+def test_branches_are_added_at_their_scale(scale_depth: float | None, weight_dtype: Any, num_rows: int) -> None:
+    torch.manual_seed(5)
+    config = replace(CONFIG, scale_depth=scale_depth)
+    model = LanguageModel(config).to(torch.bfloat16).requires_grad_(False).eval()
+    ids = torch.arange(num_rows)
+    before = model(model.embed(ids), ids, DenseAttend(2))
+    prepare_for_decoding(model, weight_dtype=weight_dtype)
+    error = (model(model.embed(ids), ids, DenseAttend(2)) - before).norm() / before.norm()
+    assert error < 0.03
 
 
 @needs_bfloat16
