@@ -58,9 +58,13 @@ class FairQueue:
             del self._lines[tenant]
             self._last_tenant = tenant
 
-    def in_turn(self) -> Iterator[Sequence]:
-        """All sequences, those of the least served tenant first. Not to be changed meanwhile."""
-        for tenant in sorted(self._lines, key=lambda tenant: (self._counters[tenant], self._lines[tenant][0].id)):
+    def in_turn(self, first: str | None = None) -> Iterator[Sequence]:
+        """All sequences: those of `first`, and then those of the least served tenant. Not to be changed meanwhile."""
+
+        def rank(tenant: str) -> tuple[bool, float, int]:
+            return tenant != first, self._counters[tenant], self._lines[tenant][0].id
+
+        for tenant in sorted(self._lines, key=rank):
             yield from self._lines[tenant]
 
     def charge(self, sequence: Sequence, *, prompt: int = 0, output: int = 0) -> None:

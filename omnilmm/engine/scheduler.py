@@ -129,7 +129,7 @@ class Scheduler:
                 break  # what a batch adds to a step is added to the time to somebody's first token
             if priority is Priority.BATCH and draft.has_rows:
                 draft.budget = min(draft.budget, self._config.batch_beside_online)
-            self._free_seat(priority)
+            first = self._free_seat(priority)
             if priority is Priority.ONLINE and self._read_favoured(draft):
                 break
             running = [sequence for sequence in self._in_rank() if sequence.priority is priority]
@@ -139,7 +139,7 @@ class Scheduler:
             for sequence in sorted(running, key=lambda other: self._queues[priority].served(other.call.tenant)):
                 if sequence.num_owed > 1:
                     self._pay_running(sequence, draft)
-            may_start = may_start and self._start_waiting(priority, draft)
+            may_start = may_start and self._start_waiting(priority, draft, first=first)
         needs, self._needs = tuple(self._needs), []
         return Plan(draft.rows(), needs)
 
@@ -170,8 +170,9 @@ class Scheduler:
         if call.priority is not Priority.ONLINE:
             return False
         is_favoured = self._queues[Priority.ONLINE].is_favoured
-        peers = {sequence.call.tenant for _, sequence in self._online(plan)}
-        return not peers or (is_favoured(call.tenant) and not any(map(is_favoured, peers)))
+        tenants = {sequence.call.tenant for _, sequence in self._online(plan)}
+        others = tenants - {call.tenant}
+        return not tenants or (bool(others) and is_favoured(call.tenant) and not any(map(is_favoured, others)))
 
     def charge_given_up(self, plan: Plan, call: GenerateCall) -> None:
         """A step was given up for this call: its tenant pays what others have to compute again."""
@@ -206,10 +207,14 @@ class Scheduler:
         sequence.block_ids.extend(self.blocks.take_blocks(needed))
         return True
 
-    def _start_waiting(self, priority: Priority, draft: _Draft, *, favoured_only: bool = False) -> bool:
-        """Start sequences of a class in turn. False if the next one found no room: then no lower class may start."""
+    def _start_waiting(
+        self, priority: Priority, draft: _Draft, *, first: str | None = None, favoured_only: bool = False
+    ) -> bool:
+        """Start sequences of a class in turn, one of the tenant `first` before others. False if the next one found no
+        room: then no lower class may start."""
         while draft.budget:
-            sequence = self._next_startable(priority, draft)
+            sequence = self._next_startable(priority, draft, first=first)
+            first = None
             if sequence is None:
                 return True
             if favoured_only and not self._queues[priority].is_favoured(sequence.call.tenant):
@@ -219,13 +224,17 @@ class Scheduler:
             draft.pay(sequence)
         return True
 
-    def _next_startable(self, priority: Priority, draft: _Draft) -> Sequence | None:
-        """The first in turn with something to pay.
+    def _next_startable(
+        self, priority: Priority, draft: _Draft, *, first: str | None = None, without: abc.Container[str] = ()
+    ) -> Sequence | None:
+        """The first in turn with something to pay, of all tenants but some.
 
         Two kinds let the others pass: one that lacks its very next picture, and one whose next block is being
         computed in this very step for another sequence. It will find that block in the pool.
         """
-        for sequence in self._queues[priority].in_turn():
+        for sequence in self._queues[priority].in_turn(first):
+            if sequence.call.tenant in without:
+                continue
             digests = self._shareable_digests(sequence)
             num_found = len(self.blocks.find_prefix(digests))
             if num_found < len(digests) and digests[num_found] in draft.filling:
@@ -237,28 +246,34 @@ class Scheduler:
                 return sequence
         return None
 
-    def _free_seat(self, priority: Priority) -> None:
-        """Let the tenant next in turn have about as many seats as others, though they be taken for long answers.
+    def _free_seat(self, priority: Priority) -> str | None:
+        """Let tenants have about as many seats as others, though they be taken for long answers.
 
-        Where all seats are taken, and another tenant was served more and has two more seats than this one would, the
-        newest of that one's sequences gives its own up. Its blocks stay findable, so it loses little. Seats of lower
-        classes are taken first, when a sequence starts.
+        Who waits while another tenant has two more seats than it would have gets the next, whatever it was served: a
+        newcomer with all its credit would else keep others waiting for as long as its answers are. If no seat is
+        free, the newest sequence of the tenant that has most gives its own up; its blocks stay findable, so it loses
+        little. Seats of lower classes are taken first, when a sequence starts.
+
+        Returns:
+            The tenant that the seat is for.
         """
-        is_full = self.num_running == self._config.max_sequences
-        if not is_full or any(other.priority > priority for other in self._running.values()):
-            return
-        waiting = self._next_startable(priority, _Draft(0))
         peers = [other for other in self._running.values() if other.priority is priority]
-        if waiting is None or not peers:
-            return
+        is_full = self.num_running == self._config.max_sequences
+        if not peers or (is_full and any(other.priority > priority for other in self._running.values())):
+            return None
         held = Counter(other.call.tenant for other in peers)
         most = max(peers, key=lambda other: (held[other.call.tenant] / other.call.weight, other.id))
-        served = self._queues[priority].served
-        was_served_less = served(waiting.call.tenant) < served(most.call.tenant)
-        if was_served_less and held[most.call.tenant] / most.call.weight > (
-            (held[waiting.call.tenant] + 2) / waiting.call.weight
-        ):
+
+        def has_too_few(call: GenerateCall) -> bool:
+            return (held[call.tenant] + 2) / call.weight < held[most.call.tenant] / most.call.weight
+
+        enough = {other.call.tenant for other in peers if not has_too_few(other.call)}
+        waiting = self._next_startable(priority, _Draft(0), without=enough)
+        if waiting is None or not has_too_few(waiting.call):
+            return None
+        if is_full:
             self._preempt(most)
+        return waiting.call.tenant
 
     def _try_start(self, sequence: Sequence, draft: _Draft) -> bool:
         """Give a waiting sequence a seat and blocks for all its tokens, if there is or can be made room.

@@ -1,10 +1,12 @@
 """What tenants feel of one another: a greedy one, one that sends garbage, and eight equal ones.
 
-    python tests/bench/fairness.py [--seats 8] [--seconds 45] [--model PATH] [--only greedy,garbage]
+    python tests/bench/fairness.py [--seats 8] [--seconds 45] [--only greedy,garbage]
+    python tests/bench/fairness.py --model PATH --dtype bfloat16 --sentences 3 --peak-seconds 20 --watched 0.75
 
 Starts `omnilmm serve` with a tiny model and one key per tenant, without any limit but the server's own. Answers have
 96 to 256 tokens. First the peak is measured; a fair share is what each of N tenants gets of it. Then, with a victim
-that asks at random times (open loop) for 16 tokens, half as often as its fair share of answers would let it:
+that asks at random times (open loop) for 16 tokens, `--watched` times as often as answers come at the peak (0.25 is
+half of its fair share of answers; as its own cost less, it may ask more often and still be within its share of work):
 
     alone      nobody else asks
     greedy     beside a tenant that asks for ten times its share, open loop as well
@@ -44,10 +46,9 @@ MAX_RATIO, MIN_SHARE, MIN_JAIN = 1.3, 0.9, 0.95
 TINY = Path(__file__).parents[1] / "data" / "minicpm-v-tiny"
 SECTIONS = ("greedy", "garbage", "control", "share", "equals")
 NAMES = ("victim", "greedy", "garbage", *(f"tenant{i}" for i in range(8)))
-WATCHED = 0.25  # of the peak: half of what a tenant beside another has a right to
 LENGTHS = (96, 256, 128, 224, 160, 192)
 GARBAGE = ('{"model": "bench", "messages": 5}', "{", '{"messages": []}', '{"model": "bench", "temperature": 9}')
-PROMPT = "{n}" + 12 * " Tell me of the river and the mountain, the garden and the market, the harbour and the island."
+SENTENCE = " Tell me of the river and the mountain, the garden and the market, the harbour and the island."
 
 
 @dataclass(frozen=True)
@@ -67,36 +68,39 @@ class Tenants:
         asked["bodies"] = tuple(body.replace("{n}", f"{number}-{{n}}") for body in asked["bodies"])
         return Plan(name, self.server.base, self.keys[name], seconds=seconds, **asked)
 
-    def watch(self, seconds: float, rate: float) -> Plan:
+    def watch(self, seconds: float, rate: float, **how: Any) -> Plan:
         """The victim whose time to the first token is taken."""
-        return self.plan("victim", seconds, bodies=self.short, rate=rate, grace_s=30.0)
+        return self.plan("victim", seconds, bodies=self.short, rate=rate, grace_s=30.0, **how)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=TINY, help="checkpoint folder")
-    parser.add_argument("--seats", type=int, default=8, help="sequences a decoder runs at a time")
+    add_server_options(parser)
+    parser.add_argument("--peak-seconds", type=float, default=6.0, help="how long the peak is measured")
+    parser.add_argument("--watched", type=float, default=0.25, help="the victim's rate, as a share of the peak")
     parser.add_argument("--seconds", type=float, default=45.0, help="how long the victim is watched each time")
+    parser.add_argument("--settle", type=float, default=5.0, help="seconds that neighbours are there before")
     parser.add_argument("--only", default=",".join(SECTIONS), help="what to measure, with commas between")
     options = parser.parse_args()
     wanted = options.only.split(",")
     if unknown := set(wanted) - set(SECTIONS):
         parser.error(f"--only knows {', '.join(SECTIONS)}, not {', '.join(sorted(unknown))}")
-    with own_server(options.model, options.seats) as tenants, refusing_server() as elsewhere:
-        goals = measure(tenants, elsewhere, options.seconds, wanted)
+    with own_server(options) as tenants, refusing_server() as elsewhere:
+        goals = measure(tenants, elsewhere, options, wanted)
     for goal, is_met in goals.items():
         print(f"{'met' if is_met else 'MISSED':8}{goal}")
     sys.exit(not all(goals.values()))
 
 
-def measure(tenants: Tenants, elsewhere: str, seconds: float, wanted: Sequence[str]) -> dict[str, bool]:
+def measure(tenants: Tenants, elsewhere: str, options: argparse.Namespace, wanted: Sequence[str]) -> dict[str, bool]:
     """Print the tables; whether each goal is met."""
+    seconds = options.seconds
     load(tenants.plan("victim", 2.0, connections=32))  # not counted: first use of everything
-    (busy,) = load(tenants.plan("victim", 6.0, connections=32))
+    (busy,) = load(tenants.plan("victim", options.peak_seconds, connections=32))
     peak = busy.num_served / busy.seconds
     greed = {"rate": 5 * peak}
-    rate = WATCHED * peak
-    print(f"peak {peak:.1f} answers/s; the victim asks for {rate:.1f}/s, the greedy one for {5 * peak:.0f}/s")
+    rate = options.watched * peak
+    print(f"peak {peak:.1f} answers/s; the victim asks for {rate:.2f}/s, the greedy one for {5 * peak:.0f}/s")
     goals: dict[str, bool] = {}
     if watched := [section for section in wanted if section in ("greedy", "garbage", "control")]:
         print(f"{'victim':24}{'answered':>9}{'p50 ms':>8}{'p99 ms':>8}{'p99 to alone':>14}   beside it", flush=True)
@@ -106,7 +110,9 @@ def measure(tenants: Tenants, elsewhere: str, seconds: float, wanted: Sequence[s
         for name, how in (("greedy", greed), ("garbage", {"connections": 32})):
             if name not in watched:
                 continue
-            seen = beside(tenants.watch(seconds, rate), tenants.plan(name, seconds, **how), alone)
+            settled = {"warm_up_s": options.settle}
+            watch, other_plan = tenants.watch(seconds, rate, **settled), tenants.plan(name, seconds, **settled, **how)
+            seen = beside(watch, other_plan, alone)
             flow = max(flow, sum(request.status != 200 for request in seen.other.requests) / seconds)
             goals[f"p99 beside {name} at most {MAX_RATIO}"] = seen.ratio <= MAX_RATIO
             goals[f"every request beside {name} answered"] = seen.victim.count().keys() <= {200}
@@ -157,11 +163,20 @@ def jain(served: Sequence[float]) -> float:
     return sum(served) ** 2 / (len(served) * sum(x * x for x in served))
 
 
+def add_server_options(parser: argparse.ArgumentParser) -> None:
+    """What `own_server` reads."""
+    parser.add_argument("--model", type=Path, default=TINY, help="checkpoint folder")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--threads", type=int, default=0, help="of the engine; 0 for as many as there are cores")
+    parser.add_argument("--seats", type=int, default=8, help="sequences a decoder runs at a time")
+    parser.add_argument("--sentences", type=int, default=12, help="of a prompt, some twenty to forty tokens each")
+
+
 @contextmanager
-def own_server(checkpoint: Path, seats: int) -> Iterator[Tenants]:
+def own_server(options: argparse.Namespace) -> Iterator[Tenants]:
     keys = {name: new_key() for name in NAMES}
-    decoder = {"max_sequences": seats}
-    models = [{"name": "bench", "path": str(checkpoint.resolve()), "dtype": "float32", "decoder": decoder}]
+    decoder = {"max_sequences": options.seats, "torch_threads": options.threads}
+    models = [{"name": "bench", "path": str(options.model.resolve()), "dtype": options.dtype, "decoder": decoder}]
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         args = {
@@ -177,8 +192,9 @@ def own_server(checkpoint: Path, seats: int) -> Iterator[Tenants]:
         command = [sys.executable, "-m", "cluster.cli", "serve", "--config", str(config), "--port", str(port)]
         log = scratch / "server.log"
         with Server(command, port=port, ready_path="/ready", log=log, env={}, key=keys["victim"][0]) as server:
-            bodies = tuple(chat_body("bench", PROMPT, max_tokens=length) for length in LENGTHS)
-            short = (chat_body("bench", PROMPT, max_tokens=16),)
+            prompt = "{n}" + options.sentences * SENTENCE
+            bodies = tuple(chat_body("bench", prompt, max_tokens=length) for length in LENGTHS)
+            short = (chat_body("bench", prompt, max_tokens=16),)
             yield Tenants(server, {name: key for name, (key, _) in keys.items()}, bodies, short)
 
 

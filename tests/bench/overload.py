@@ -15,11 +15,10 @@ import argparse
 import signal
 import sys
 import time
-from pathlib import Path
 
 import psutil
 from bench_load import Report, load, quantile, report_of, running
-from fairness import TINY, Tenants, own_server
+from fairness import Tenants, add_server_options, own_server
 
 MIN_GOODPUT, MAX_REFUSAL_S, MAX_GROWTH = 0.9, 0.1, 1.2
 FACTORS = (1, 2, 3, 5)
@@ -27,11 +26,10 @@ FACTORS = (1, 2, 3, 5)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=TINY, help="checkpoint folder")
-    parser.add_argument("--seats", type=int, default=8, help="sequences a decoder runs at a time")
+    add_server_options(parser)
     parser.add_argument("--seconds", type=float, default=10.0, help="of each load")
     options = parser.parse_args()
-    with own_server(options.model, options.seats) as tenants:
+    with own_server(options) as tenants:
         goals = measure(tenants, options.seconds) | end_under_load(tenants)
     for goal, is_met in goals.items():
         print(f"{'met' if is_met else 'MISSED':8}{goal}")
@@ -84,7 +82,10 @@ def end_under_load(tenants: Tenants) -> dict[str, bool]:
         f"SIGTERM under load: {len(report.answered)} streams whole, {len(broken)} broken, "
         f"exit {tenants.server.process.returncode} after {time.monotonic() - begun:.1f} s"
     )
-    return {"SIGTERM breaks no stream": bool(report.answered) and not broken}
+    return {
+        "SIGTERM breaks no stream": bool(report.answered) and not broken,
+        "SIGTERM ends with status 0": tenants.server.process.returncode == 0,
+    }
 
 
 def served(reports: list[Report]) -> float:

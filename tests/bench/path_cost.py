@@ -31,7 +31,7 @@ from bench_text_model import write_text_checkpoint
 from engine import NUM_PROMPT_TOKENS, NUM_TOKENS, worker
 
 CONCURRENCY, NUM_ALONE = 16, 5
-NUM_BLOCKS = 400
+NUM_BLOCKS = 256
 """Of KV on both sides: room for 16 streams and a half, and little memory even for the large model."""
 IDLE_S = 8.0
 PARTS = {

@@ -155,6 +155,32 @@ def test_a_tenant_that_has_every_seat_gives_some_up():
     assert all(len(answer.ids) == 20 for answer in driver.answers.values())
 
 
+def test_seats_are_shared_whatever_their_tenants_were_served():
+    driver, runner = paper_driver(max_sequences=8, max_waiting=64, num_blocks=600, max_context=2000)
+    driver.run(make_call(1500, max_tokens=2, tenant="heavy"))
+    for seed in range(12):
+        driver.submit(make_call(4, seed=seed, max_tokens=20, tenant="newcomer"))
+    driver.step()
+    heavy = [driver.submit(make_call(4, seed=20 + seed, max_tokens=9, tenant="heavy")) for seed in range(6)]
+    seats = []
+    for _ in range(5):
+        driver.step()
+        seats.append(sum(sequence_id in heavy for sequence_id in runner.last()))
+    assert seats == [1, 2, 3, 3, 3]
+    driver.finish()
+
+
+def test_who_has_no_seat_takes_none_where_seats_are_few():
+    driver, _ = paper_driver(max_sequences=2, num_blocks=600, max_context=2000)
+    driver.run(make_call(1500, max_tokens=2, tenant="heavy"))
+    for seed in range(4):
+        driver.submit(make_call(4, seed=seed, max_tokens=20, tenant="newcomer"))
+    driver.step()
+    driver.submit(make_call(4, seed=20, max_tokens=3, tenant="heavy"))
+    driver.finish()
+    assert driver.engine.stats().num_preemptions == 0
+
+
 def make_favoured(**changes: int) -> tuple[Driver, PaperRunner]:
     """An engine on which "greedy" was served much and has two answers under way, and "modest" was served nothing."""
     driver, runner = paper_driver(num_blocks=2400, max_context=9600, **changes)
@@ -195,6 +221,10 @@ def test_a_step_makes_way_for_a_favoured_tenant_and_that_one_pays():
     plan = driver.engine._scheduler.choose()
     scheduler = driver.engine._scheduler
     assert [scheduler.makes_way(plan, call) for call in (coming, *others)] == [True, False, False]
+    own = replace(plan, rows=tuple(row for row in plan.rows if row.sequence_id == 1))
+    driver.engine._sequences[1].call = replace(driver.engine._sequences[1].call, tenant="modest")
+    assert scheduler.makes_way(plan, coming)  # its own answer under way does not count
+    assert not scheduler.makes_way(own, coming)
     num_paid = 0
     while scheduler.makes_way(plan, coming):
         scheduler.charge_given_up(plan, coming)
