@@ -7,10 +7,11 @@ import io
 import logging
 import os
 import shutil
+import signal
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,17 +163,18 @@ class LocalCluster:
         import ray
 
         num_pools = 2 * len(self._all_models())
-        ray.init(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, 4) + num_pools,  # logical: booked by replicas, not burnt
-            resources={"vision_pool": LOGICAL_POOL, "decode_pool": LOGICAL_POOL},
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=OBJECT_STORE_BYTES,
-            _temp_dir=str(self.temp_dir),
-            _metrics_export_port=self.metrics_port,
-        )
+        with _sigterm_kept():
+            ray.init(
+                address="local",
+                num_cpus=max(os.cpu_count() or 1, 4) + num_pools,  # logical: booked by replicas, not burnt
+                resources={"vision_pool": LOGICAL_POOL, "decode_pool": LOGICAL_POOL},
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=str(self.temp_dir),
+                _metrics_export_port=self.metrics_port,
+            )
         address = ray.get_runtime_context().gcs_address
         logs = f"{self.temp_dir}/session_latest/logs/serve"
         say(f"Ray is up at {address} ({time.monotonic() - begun:.1f} s); logs: {logs}")
@@ -222,6 +224,15 @@ class LocalCluster:
         actor: Any = ray.get_actor(ACTOR_NAME, namespace=NAMESPACE)
         ray.wait([actor.stop.remote()], timeout=3)
         ray.kill(actor)
+
+
+@contextlib.contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """Ray puts its own handler of SIGTERM in the place of ours, which ends its processes before we have stopped."""
+    ours = signal.getsignal(signal.SIGTERM)
+    yield
+    with contextlib.suppress(ValueError):  # not on the main thread: Ray has changed nothing
+        signal.signal(signal.SIGTERM, ours)
 
 
 def proxy_environment(settings: AppSettings) -> Mapping[str, str]:

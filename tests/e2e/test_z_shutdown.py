@@ -1,4 +1,5 @@
-"""Last of all: Ctrl-C lets the answers under way come to their end, stops everything, and leaves nothing behind."""
+"""Last of all: SIGTERM, as a supervisor sends it, lets the answers under way come to their end, stops everything, and
+leaves nothing behind. Ctrl-C is treated alike."""
 
 import re
 import signal
@@ -36,7 +37,7 @@ def stream(cluster, begun):
     return last
 
 
-def test_ctrl_c_leaves_no_process_and_no_socket(cluster):
+def test_sigterm_leaves_no_process_and_no_socket(cluster):
     logs = Path(re.search(r"logs: (\S+)", cluster.await_line("Ray is up at", 5)).group(1))
     (private,) = [folder for folder in logs.parents if folder.name.startswith("omnilmm-")]
     family = psutil.Process(cluster.process.pid).children(recursive=True)
@@ -48,7 +49,7 @@ def test_ctrl_c_leaves_no_process_and_no_socket(cluster):
         for _ in streams:
             assert begun.acquire(timeout=60)
         assert not any(future.done() for future in streams), "too quick to be interrupted"
-        cluster.process.send_signal(signal.SIGINT)
+        cluster.process.send_signal(signal.SIGTERM)
         assert [future.result(timeout=120) for future in streams] == ["data: [DONE]"] * NUM_STREAMS
     assert cluster.process.wait(60) == 0
     gone, alive = psutil.wait_procs(family, timeout=5)
