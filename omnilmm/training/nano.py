@@ -157,6 +157,11 @@ def initialise(encoder: ImageEncoder, language: LanguageModel) -> None:
         for name, parameter in model.named_parameters():
             if name.endswith(("attention.out.weight", "mlp.fc2.weight", "mlp.down.weight")):
                 parameter.mul_(1 / math.sqrt(2 * num_blocks))
+    if encoder.vision.config.is_post_norm:  # a norm ends the branch there, and undoes any scale in front of it
+        for block in encoder.vision.blocks:
+            assert isinstance(block, VisionBlock)
+            for norm in (block.norm1, block.norm2):
+                norm.weight.fill_(1 / math.sqrt(2 * len(encoder.vision.blocks)))
     vision, prefix = encoder.vision, int(encoder.vision.config.has_class_token)
     if prefix:
         vision.class_token.normal_(std=0.02)

@@ -76,6 +76,14 @@ def test_every_vector_of_a_picture_begins_by_looking_at_its_own_place(folder: Pa
     assert torch.equal(attention.argmax(-1), torch.arange(64))
 
 
+def test_every_block_of_the_tower_begins_by_adding_little(folder: Path) -> None:
+    """Be the norms in front of its branches (3B) or behind them (12B)."""
+    vision = load_encoder(folder, read_model_config(folder), dtype="float32").vision
+    x = torch.randn(1, 17, vision.config.width, generator=torch.Generator().manual_seed(0))
+    for block in vision.blocks:
+        assert 0.01 < float((block(x) - x).norm() / x.norm()) < 0.9
+
+
 def test_every_head_of_the_tower_begins_by_looking_at_a_neighbour(folder: Path) -> None:
     """With the constants of pico: head width 8, blocks 2, a grid of 4 x 4."""
     config = read_model_config(folder)
