@@ -1,6 +1,6 @@
 """More than the server can do: what it still does, how it refuses the rest, and whether anything grows.
 
-    python tests/bench/overload.py [--seats 8] [--seconds 10] [--model PATH]
+    python tests/bench/overload.py [--seats 8] [--seconds 20] [--model PATH]
 
 Starts the server of fairness.py, measures its peak (closed loop), and then offers once to five times the peak in an
 open loop, half of it by each of two tenants, clients in processes of their own. Then, under load, SIGTERM: streams
@@ -27,7 +27,7 @@ FACTORS = (1, 2, 3, 5)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_server_options(parser)
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each load")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each load; the lines take some ten to fill")
     options = parser.parse_args()
     with own_server(options) as tenants:
         goals = measure(tenants, options.seconds) | end_under_load(tenants)
