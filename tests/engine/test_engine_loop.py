@@ -199,15 +199,29 @@ async def test_a_step_is_given_up_for_a_tenant_that_asks_for_little(make_loop):
 
 
 async def test_who_has_been_read_is_no_newcomer(make_loop):
-    """A step that began after somebody's message was read is not given up for that message."""
+    """A step of a batch that began after somebody's message was read is not given up for that message."""
     gate = Gate()
     loop = make_loop(gate)
+    is_asked, is_there = asyncio.Event(), asyncio.Event()
+
+    async def fetch_late(key: str) -> Embedding:
+        is_asked.set()
+        await is_there.wait()
+        return make_vectors(key, 8)
+
     batch = asyncio.ensure_future(collect(loop, make_call(6, max_tokens=3, priority=Priority.BATCH)))
     await gate.wait()
-    online = asyncio.ensure_future(collect(loop, make_call(6, seed=1, max_tokens=2)))
+    waits = make_call(12, seed=1, max_tokens=2, pictures=[("a", 0, 8)], with_vectors=False)
+    online = asyncio.ensure_future(collect(loop, waits, fetch_late))  # nothing of it can be computed yet
+    await asyncio.sleep(0)
+    gate.allowed.release()
+    await asyncio.wait_for(is_asked.wait(), PATIENCE_S)
     gate.open()
-    await asyncio.gather(batch, online)
-    assert all(not asked for asked in gate.asked)
+    assert len(ids_of(await batch)) == 3
+    is_there.set()
+    assert len(ids_of(await online)) == 2
+    assert len(gate.asked) >= 5
+    assert not any(gate.asked)
 
 
 # -- streams ------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from omnilmm.training.scenes import Thing
-from omnilmm.training.scenes_truth import is_only, place_names, place_of, relation, truth, way_to_name
+from omnilmm.training.scenes_truth import cell_of, is_only, place_names, place_of, relation, truth, way_to_name
 
 
 def thing(x: float, y: float) -> Thing:
@@ -45,3 +45,9 @@ def test_what_may_be_said_of_a_thing() -> None:
     assert truth(thing(0.35, 0.5)) == {"shape circle", "colour red", "size small"}, "it lies on a border"
     assert place_names("top left") == {"place top", "place left"}
     assert place_names(None) == frozenset()
+
+
+def test_cells_are_counted_from_the_left_and_from_the_top() -> None:
+    for value, cell in ((0.0, 1), (0.124, 1), (0.126, 2), (0.99, 8), (1.0, 8)):
+        assert cell_of(thing(value, 0.5), ("left", "right")) == cell
+        assert cell_of(thing(0.5, value), ("above", "below")) == cell
