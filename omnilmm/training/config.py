@@ -74,12 +74,14 @@ class ScenesConfig:
     `conversations` per picture; `grounding` is the weight of the additional loss; `sight` is the number of steps, at
     the beginning, in which nothing is asked and the encoder alone learns, from the grounding; `encoder_rate` is the
     factor on its learning rate after them; `ramp` is the number of steps after them over which scenes grow from one
-    thing to all kinds; `held_out` is the number of pictures for evaluation.
+    thing to all kinds; `held_out` is the number of pictures for evaluation. `fact_smoothing` is the label smoothing of
+    the grounding.
     """
 
     seed: int = 0
     conversations: int = 8
     grounding: float = 1.0
+    fact_smoothing: float = 0.0
     sight: int = 0
     encoder_rate: float = 1.0
     ramp: int = 0
@@ -90,6 +92,8 @@ class ScenesConfig:
             raise ConfigError("conversations and held_out must be at least 1.", param="scenes")
         if min(self.ramp, self.sight, self.grounding, self.encoder_rate) < 0:
             raise ConfigError("sight, ramp, grounding and encoder_rate are not below 0.", param="scenes")
+        if not 0 <= self.fact_smoothing < 0.5:
+            raise ConfigError("fact_smoothing must be from 0 to below 0.5.", param="scenes.fact_smoothing")
         if self.sight and not self.grounding:
             raise ConfigError("Without grounding there is nothing to learn by sight.", param="scenes.sight")
 
@@ -126,7 +130,8 @@ class TrainingConfig:
 
     `batch` rows go through the models at once on each worker; a step is `accumulate` such passes. `weights` is the
     dtype the parameters are held in, `precision` the one the products are computed in. `log_every` etc. count steps;
-    0 means never.
+    0 means never. `label_smoothing` is that of the answers' tokens: the share of each target that goes to all tokens
+    alike (Szegedy et al. 2015); losses in evaluation are without it.
     """
 
     output: str
@@ -140,6 +145,7 @@ class TrainingConfig:
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     batch: int = 8
     accumulate: int = 1
+    label_smoothing: float = 0.0
     weights: str = "float32"
     precision: str = "bfloat16"
     save_dtype: str = "bfloat16"
@@ -159,6 +165,8 @@ class TrainingConfig:
             raise ConfigError("With lora the llm itself does not learn: take it out of learn.", param="learn")
         if not self.learn and self.lora is None:
             raise ConfigError("Nothing learns: name parts in learn, or lora.", param="learn")
+        if not 0 <= self.label_smoothing < 1:
+            raise ConfigError("label_smoothing must be from 0 to below 1.", param="label_smoothing")
         if self.weights != "float32" and self.learn:
             raise ConfigError("Parts can learn in float32 only; other weights suit lora alone.", param="weights")
         if self.weights not in ("float32", self.precision):

@@ -12,27 +12,42 @@ facts answered every other kind of question and guessed at "where" and "left or 
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 from torch.nn import functional
 
+UNTOLD = 255
+"""In the place of a fact of which it is not said whether it holds: nothing is learned there."""
+
 
 class Grounding(nn.Module):
-    """Reads facts off picture vectors."""
+    """Reads facts off picture vectors.
 
-    def __init__(self, hidden: int, num_facts: int) -> None:
+    Args:
+        smoothing: the probability with which a fact is held to be the other way round (label smoothing, Szegedy et al.
+            2015), so that what never occurs together is not learned to be impossible.
+    """
+
+    def __init__(self, hidden: int, num_facts: int, *, smoothing: float = 0.0) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(hidden)
         self.read = nn.Linear(hidden, num_facts)
         nn.init.zeros_(self.read.weight)
         nn.init.constant_(self.read.bias, -4.0)  # most facts are absent from most cells
+        self._smoothing = smoothing
+        self._least = sum(-share * math.log(share) for share in (smoothing, 1 - smoothing) if share)
 
     def loss(self, vectors: Tensor, facts: Tensor) -> Tensor:
-        """Binary cross-entropy, summed over facts and averaged over a picture's cells, as a sum over pictures.
+        """Binary cross-entropy, less its least possible value, summed over the facts that are told and averaged over a
+        picture's cells, as a sum over pictures.
 
         Args:
             vectors: (P, cells, hidden).
-            facts: (P, cells, num_facts), 1 where the fact holds.
+            facts: (P, cells, num_facts), 1 where the fact holds, UNTOLD where that is not said.
         """
         logits = self.read(self.norm(vectors)).float()
-        total = functional.binary_cross_entropy_with_logits(logits, facts.to(logits.dtype), reduction="sum")
-        return total / facts.shape[1]
+        told = facts != UNTOLD
+        wanted = (facts == 1) * (1 - 2 * self._smoothing) + self._smoothing
+        losses = functional.binary_cross_entropy_with_logits(logits, wanted.to(logits.dtype), reduction="none")
+        return ((losses - self._least) * told).sum() / facts.shape[1]

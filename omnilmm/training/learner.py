@@ -48,12 +48,14 @@ class Learner(nn.Module):
         precision: str = "float32",
         adapter: Adapter | None = None,
         grounding: Grounding | None = None,
+        label_smoothing: float = 0.0,
     ) -> None:
         super().__init__()
         self.config = config
         self.policy: ImagePolicy = config.image_policy(InputHandling.SAFE)
         self.encoder, self.language, self.adapter, self.grounding = encoder, language, adapter, grounding
         self.precision: torch.dtype = getattr(torch, precision)
+        self.label_smoothing = label_smoothing
         if adapter is not None:
             adapter.attach(language)
 
@@ -90,7 +92,8 @@ class Learner(nn.Module):
             if batch.num_targets:
                 hidden = self.language(self.embed(batch, vectors), batch.positions, RowAttend(batch))
                 logits = self._logits(hidden, batch.target_tokens)
-                answers = functional.cross_entropy(logits, batch.target_ids, reduction="sum")
+                smoothing = self.label_smoothing if self.training else 0.0
+                answers = functional.cross_entropy(logits, batch.target_ids, reduction="sum", label_smoothing=smoothing)
                 num_right = (logits.detach().argmax(-1) == batch.target_ids).sum()
             if self.grounding is not None and vectors is not None and batch.facts is not None:
                 grounding = self.grounding.loss(vectors, batch.facts)
@@ -144,6 +147,8 @@ def load_learner(
     learn: tuple[Learning, ...],
     lora: LoraConfig | None = None,
     num_facts: int = 0,
+    label_smoothing: float = 0.0,
+    fact_smoothing: float = 0.0,
     weights: str = "float32",
     precision: str = "float32",
     device: str = "cpu",
@@ -154,7 +159,9 @@ def load_learner(
         CheckpointError: the folder does not hold the weights of `config`.
     """
     adapter = Adapter(config, lora).to(device) if lora is not None else None
-    grounding = Grounding(config.language.hidden, num_facts).to(device) if num_facts else None
+    grounding = None
+    if num_facts:
+        grounding = Grounding(config.language.hidden, num_facts, smoothing=fact_smoothing).to(device)
     learner = Learner(
         config,
         load_encoder(folder, config, dtype=weights, device=device),
@@ -162,6 +169,7 @@ def load_learner(
         precision=precision,
         adapter=adapter,
         grounding=grounding,
+        label_smoothing=label_smoothing,
     )
     choose_learning(learner, learn)
     return learner.train()

@@ -79,6 +79,8 @@ def train(
         learn=config.learn,
         lora=config.lora,
         num_facts=source.num_facts,
+        label_smoothing=config.label_smoothing,
+        fact_smoothing=config.scenes.fact_smoothing if config.scenes is not None else 0.0,
         weights=config.weights,
         precision=config.precision,
         device=pick_device(config.device),

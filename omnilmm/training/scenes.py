@@ -14,8 +14,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+RGB = tuple[int, int, int]
+
 SHAPES = ("circle", "square", "triangle", "star", "heart", "diamond", "cross", "ring")
-COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "black", "white")
+PAINT: Mapping[str, RGB] = {
+    "red": (214, 36, 36),
+    "orange": (244, 138, 18),
+    "yellow": (246, 222, 40),
+    "green": (36, 158, 60),
+    "blue": (36, 84, 216),
+    "purple": (142, 48, 172),
+    "black": (22, 22, 22),
+    "white": (246, 246, 246),
+}
+COLOURS = tuple(PAINT)
 SIZES = ("small", "large")
 RADII: Mapping[str, tuple[float, float]] = {"small": (0.085, 0.1), "large": (0.14, 0.175)}
 """From the centre to the rim, as a share of the picture's shorter side."""
@@ -30,6 +42,8 @@ FACTS = (*SHAPES, *COLOURS, *SIZES, *CHARACTERS, *ROWS, *COLUMNS)
 """What can be told of a cell of the GRID x GRID grid, in the order of `facts`: what it shows, and where it lies."""
 
 MAX_COUNT = 9
+TONE_APART = 64.0
+"""A colour without a name is at least this far, in RGB, from the one that is held out with its shape."""
 
 WORDS = (
     "ACE ACT ADD AGE AIR ANT APE ARM ART ASK BAG BAR BAT BED BEE BIG BIRD BOAT BOOK BOX BOY BUS CAFE CAKE CAR CAT CITY "
@@ -50,7 +64,11 @@ class Split(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """One shape. `x`, `y` are the centre as shares of width and height, from the top left."""
+    """One shape. `x`, `y` are the centre as shares of width and height, from the top left.
+
+    In scenes that are only looked at, a colour may be any other, as "#8a4b21", and a shape any polygon, as "blob 17":
+    both without a name.
+    """
 
     shape: str
     colour: str
@@ -63,6 +81,13 @@ class Thing:
     @property
     def kind(self) -> tuple[str, str]:
         return self.colour, self.shape
+
+    @property
+    def paint(self) -> RGB:
+        if self.colour in PAINT:
+            return PAINT[self.colour]
+        red, green, blue = bytes.fromhex(self.colour[1:])
+        return red, green, blue
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +175,11 @@ def make_scene(split: Split, seed: int, index: int, *, level: float = 1.0) -> Sc
 
 def make_full_scene(seed: int, index: int) -> Scene:
     """Full of things of many kinds, or of lines of any letters and digits: there is several times as much to see as in
-    a scene that questions can be asked about. Pairs that are held out are missing here too."""
+    a scene that questions can be asked about. Pairs that are held out are missing here too.
+
+    Some things have a colour without a name, or a shape without one, so that neither can be told from the other: where
+    all that is red is no circle, red would else become a reason against circles.
+    """
     rng = generator("full", seed, index)
     width = rng.choice(WIDTHS)
     kinds: list[_Kind] = []
@@ -160,7 +189,7 @@ def make_full_scene(seed: int, index: int) -> Scene:
         writings = tuple(_line(rng, y) for y in lines)
     else:
         pairs = _Pairs(rng, Split.TRAIN)
-        kinds = [(*pairs.draw(), rng.choice(SIZES)) for _ in range(rng.randint(5, 12))]
+        kinds = [(*_nameless(rng, *pairs.draw()), rng.choice(SIZES)) for _ in range(rng.randint(5, 12))]
     return Scene(
         things=_placed(rng, kinds, width, None),
         writings=writings,
@@ -168,6 +197,18 @@ def make_full_scene(seed: int, index: int) -> Scene:
         noise=rng.getrandbits(32),
         width=width,
     )
+
+
+def _nameless(rng: random.Random, colour: str, shape: str) -> tuple[str, str]:
+    """The pair, or in a third of cases one with a colour or a shape that has no name. A colour like one that is held
+    out with the shape is not among them."""
+    chance = rng.random()
+    if chance < 0.2:
+        hidden = next(PAINT[name] for name in COLOURS if is_held_out(name, shape))
+        while math.dist(tone := (rng.randrange(256), rng.randrange(256), rng.randrange(256)), hidden) < TONE_APART:
+            pass
+        return "#" + bytes(tone).hex(), shape
+    return (colour, f"blob {rng.randrange(1 << 16)}") if chance < 0.33 else (colour, shape)
 
 
 # -- what is in a scene ---------------------------------------------------------------------------------

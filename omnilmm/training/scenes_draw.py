@@ -8,7 +8,7 @@ wherever the same packages are installed.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import accumulate, pairwise
@@ -19,20 +19,23 @@ from PIL import Image, ImageDraw, ImageFont
 
 from omnilmm.config import ImageLimits, InputHandling
 from omnilmm.image.transform import decode
-from omnilmm.training.scenes import BORDER, COLUMNS, FACTS, GRID, ROWS, Scene, Thing, Writing
+from omnilmm.training.grounding import UNTOLD
+from omnilmm.training.scenes import (
+    BORDER,
+    COLOURS,
+    COLUMNS,
+    FACTS,
+    GRID,
+    RGB,
+    ROWS,
+    SHAPES,
+    SIZES,
+    Scene,
+    Thing,
+    Writing,
+    generator,
+)
 
-RGB = tuple[int, int, int]
-
-PAINT: Mapping[str, RGB] = {
-    "red": (214, 36, 36),
-    "orange": (244, 138, 18),
-    "yellow": (246, 222, 40),
-    "green": (36, 158, 60),
-    "blue": (36, 84, 216),
-    "purple": (142, 48, 172),
-    "black": (22, 22, 22),
-    "white": (246, 246, 246),
-}
 _GROUNDS: Sequence[RGB] = (
     (232, 226, 214),
     (205, 216, 226),
@@ -120,7 +123,7 @@ def _ground(
     """A background of `size` (width, height) on which everything shown stands out, and its mean colour. It is made at
     half the size: it took most of the time that drawing takes."""
     texture, width, height = scene.texture, (size[0] + 1) // 2, (size[1] + 1) // 2
-    base = _ground_colour(rng, {PAINT[thing.colour] for thing in scene.things})
+    base = _ground_colour(rng, {thing.paint for thing in scene.things})
     pixels = np.empty((height, width, 3), np.float32)
     pixels[:] = base
     if texture == "photo" and scenery.photographs:
@@ -171,7 +174,7 @@ def _draw_thing(
 ) -> None:
     width, height = size
     x, y, radius = thing.x * width, thing.y * height, thing.radius * min(width, height)
-    paint = PAINT[thing.colour]
+    paint = thing.paint
     red, green, blue = np.clip(np.array(paint) + rng.integers(-14, 15, 3), 0, 255).tolist()
     fill = (red, green, blue)
     rim_width = max(1, round(min(width, height) / 150)) if has_rim else 0
@@ -212,7 +215,7 @@ def _outline(shape: str) -> np.ndarray:
             angles = [math.pi * (index / 5 - 0.5) for index in range(10)]
             radii = [1.12, 0.46] * 5
             points = [(r * math.cos(a), r * math.sin(a)) for r, a in zip(radii, angles, strict=True)]
-        case _:  # heart
+        case "heart":
             ts = [2 * math.pi * index / 40 for index in range(40)]
             points = [
                 (
@@ -220,6 +223,14 @@ def _outline(shape: str) -> np.ndarray:
                     -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)) / 16 - 0.08,
                 )
                 for t in ts
+            ]
+        case _:  # without a name
+            rng = generator("outline", shape)
+            num = rng.randint(5, 8)
+            lengths = [rng.uniform(0.5, 1.1) for _ in range(num)]
+            points = [
+                (length * math.cos(2 * math.pi * index / num), length * math.sin(2 * math.pi * index / num))
+                for index, length in enumerate(lengths)
             ]
     return np.array(points)
 
@@ -277,14 +288,17 @@ def _inside_cell(x: float) -> float:
 
 def facts(scene: Scene, scenery: Scenery) -> np.ndarray:
     """(GRID * GRID, len(FACTS)) uint8, row-major: what has its centre in each cell, and the cell's own row and
-    column."""
+    column. Which colour or shape it is where that has no name is UNTOLD."""
     table = np.zeros((GRID, GRID, len(FACTS)), np.uint8)
     for number, (row_fact, column_fact) in enumerate(zip(ROWS, COLUMNS, strict=True)):
         table[number, :, FACTS.index(row_fact)] = table[:, number, FACTS.index(column_fact)] = 1
     for thing in scene.things:
         row, column = int(thing.y * GRID), int(thing.x * GRID)
-        for fact in (thing.shape, thing.colour, thing.size):
-            table[row, column, FACTS.index(fact)] = 1
+        for fact, names in ((thing.shape, SHAPES), (thing.colour, COLOURS), (thing.size, SIZES)):
+            if fact in names:
+                table[row, column, FACTS.index(fact)] = 1
+            else:
+                table[row, column, [FACTS.index(name) for name in names]] = UNTOLD
     size = (round(256 * scene.width), 256)
     for writing in scene.writings:
         for character, x in zip(writing.text, _set(writing, size, scenery)[1], strict=True):

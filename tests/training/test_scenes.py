@@ -11,7 +11,9 @@ from omnilmm.training.scenes import (
     COLOURS,
     GRID,
     MAX_COUNT,
+    PAINT,
     SHAPES,
+    TONE_APART,
     WORDS,
     Scene,
     Split,
@@ -97,9 +99,24 @@ def test_full_scenes_show_much_and_no_pair_that_is_held_out() -> None:
     scenes = [make_full_scene(3, index) for index in range(200)]
     assert scenes[7] == make_full_scene(3, 7)
     assert all(len(scene.things) >= 3 or len(scene.writings) >= 2 for scene in scenes)
-    assert not any(is_held_out(thing.colour, thing.shape) for scene in scenes for thing in scene.things)
+    things = [thing for scene in scenes for thing in scene.things]
+    named = [thing for thing in things if thing.shape in SHAPES and thing.colour in COLOURS]
+    assert not any(is_held_out(thing.colour, thing.shape) for thing in named)
     assert any(scene.things for scene in scenes)
     assert any(scene.writings for scene in scenes)
+
+
+def test_full_scenes_show_colours_and_shapes_without_a_name() -> None:
+    things = [thing for index in range(200) for thing in make_full_scene(3, index).things]
+    toned = [thing for thing in things if thing.colour not in COLOURS]
+    blobs = [thing for thing in things if thing.shape not in SHAPES]
+    assert 0.1 < len(toned) / len(things) < 0.3
+    assert 0.05 < len(blobs) / len(things) < 0.25
+    assert all(thing.shape in SHAPES for thing in toned)
+    assert all(thing.colour in COLOURS for thing in blobs)
+    for thing in toned:
+        hidden = next(colour for colour in COLOURS if is_held_out(colour, thing.shape))
+        assert math.dist(thing.paint, PAINT[hidden]) >= TONE_APART
 
 
 @pytest.mark.parametrize("split", Split)

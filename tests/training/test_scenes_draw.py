@@ -8,8 +8,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from omnilmm.training.scenes import COLUMNS, FACTS, GRID, ROWS, SHAPES, Scene, Split, Thing, Writing, make_scene
-from omnilmm.training.scenes_draw import PAINT, Scenery, draw, facts, load_scenery
+from omnilmm.training.grounding import UNTOLD
+from omnilmm.training.scenes import (
+    COLOURS,
+    COLUMNS,
+    FACTS,
+    GRID,
+    PAINT,
+    ROWS,
+    SHAPES,
+    Scene,
+    Split,
+    Thing,
+    Writing,
+    make_scene,
+)
+from omnilmm.training.scenes_draw import Scenery, draw, facts, load_scenery
 
 
 def scene_with(*things: Thing, writing: Writing | None = None, texture: str = "plain", width: float = 1.0) -> Scene:
@@ -100,6 +114,18 @@ def test_facts_tell_what_has_its_centre_in_a_cell(bare_scenery: Scenery) -> None
     assert {FACTS[i] for i in np.flatnonzero(table[4, 2, :NUM_SHOWN])} == {"star", "blue", "large"}
     assert {FACTS[i] for i in np.flatnonzero(table[0, 7, :NUM_SHOWN])} == {"heart", "black", "large"}
     assert table[..., :NUM_SHOWN].sum() == 6
+
+
+def test_what_has_no_name_is_shown_and_not_told(bare_scenery: Scenery) -> None:
+    scene = scene_with(thing("star", "#28a0c8", 0.3, 0.6), thing("blob 9", "black", 0.9, 0.2))
+    table = facts(scene, bare_scenery).reshape(GRID, GRID, len(FACTS))
+    of_star, of_blob = (dict(zip(FACTS, table[cell].tolist(), strict=True)) for cell in ((4, 2), (1, 7)))
+    assert of_star["star"] == of_blob["black"] == of_blob["large"] == 1
+    assert {of_star[shape] for shape in SHAPES} == {of_blob[colour] for colour in COLOURS} == {0, 1}
+    assert {of_star[colour] for colour in COLOURS} == {of_blob[shape] for shape in SHAPES} == {UNTOLD}
+    image = draw(scene, bare_scenery, side=200)
+    assert math.dist(image.getpixel((60, 120)), (0x28, 0xA0, 0xC8)) < 60
+    assert math.dist(image.getpixel((180, 40)), PAINT["black"]) < 60
 
 
 def test_facts_tell_of_every_cell_where_it_lies(bare_scenery: Scenery) -> None:
