@@ -18,6 +18,7 @@ from rich.table import Table
 
 from cluster.train_ray import Place, train_on_ray
 from omnilmm.config import InputHandling
+from omnilmm.errors import OmniError, StartupError
 
 if TYPE_CHECKING:
     from omnilmm.training.config import TrainingConfig
@@ -48,7 +49,7 @@ def train(
         _train(0, config, resume, threads, 1, "")
         return
     with tempfile.TemporaryDirectory() as meeting:
-        _run_together(workers, (config, resume, threads or 1, workers, f"file://{meeting}/place"))
+        _run_together(workers, config, resume, threads or 1, Path(meeting))
 
 
 def _train_on_ray(settings: TrainingConfig, place: Place, config: Path, resume: bool) -> None:
@@ -65,12 +66,17 @@ def _train_on_ray(settings: TrainingConfig, place: Place, config: Path, resume: 
         console.print(f"written: {written}")
 
 
-def _run_together(workers: int, shared: tuple[Any, ...]) -> None:
+def _run_together(workers: int, config: Path, resume: bool, threads: int, meeting: Path) -> None:
     """Run `_train` in that many processes until all have ended. Ctrl-C reaches them from the terminal, and SIGTERM from
-    here: they agree on a step, save and end."""
-    from torch.multiprocessing.spawn import start_processes
+    here: they agree on a step, save and end.
 
-    started = start_processes(_train, args=shared, nprocs=workers, join=False, start_method="spawn")
+    Raises:
+        OmniError: a worker failed; the others are ended.
+    """
+    from torch.multiprocessing.spawn import ProcessException, start_processes
+
+    shared = (config, resume, threads, workers, meeting)
+    started = start_processes(_take_part, args=shared, nprocs=workers, join=False, start_method="spawn")
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         for pid in started.pids():
@@ -81,9 +87,39 @@ def _run_together(workers: int, shared: tuple[Any, ...]) -> None:
     try:
         while not started.join():
             pass
+    except ProcessException as failure:
+        raise _told_by(failure.error_index, meeting, failure) from None
     finally:
         for number, handler in before:
             signal.signal(number, handler)
+
+
+def _take_part(  # noqa: PLR0917  torch hands them over by place
+    rank: int, config: Path, resume: bool, threads: int, workers: int, meeting: Path
+) -> None:
+    """One worker of several. An error of ours is left in `meeting` for whoever started it."""
+    try:
+        _train(rank, config, resume, threads, workers, f"file://{meeting}/place")
+    except OmniError as error:
+        from omnilmm.training.workers import WorkerLost
+
+        is_cause = not isinstance(error, WorkerLost)
+        (meeting / f"failed-{rank}.json").write_text(json.dumps([is_cause, error.message]), encoding="utf-8")
+        raise SystemExit(1) from None
+
+
+def _told_by(rank: int, meeting: Path, failure: Exception) -> OmniError:
+    """What the workers said went wrong: the cause rather than that they lost each other. Where none said anything, that
+    worker `rank` ended."""
+    told = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(meeting.glob("failed-*.json"))]
+    causes = [message for is_cause, message in told if is_cause]
+    if causes:
+        return OmniError(causes[0])
+    from torch.multiprocessing.spawn import ProcessRaisedException
+
+    if isinstance(failure, ProcessRaisedException):
+        raise failure  # a defect of ours: with its traceback
+    return StartupError(f"worker {rank} has ended; --resume goes on from the latest state")
 
 
 def _train(  # noqa: PLR0917  torch hands them over by place

@@ -12,10 +12,11 @@ import torch
 import typer
 import yaml
 from safetensors.torch import load_file
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 from typer.testing import CliRunner, Result
 
-from cluster.train import eval_nano, merge_adapter, train
-from omnilmm.errors import ConfigError
+from cluster.train import _told_by, eval_nano, merge_adapter, train
+from omnilmm.errors import ConfigError, OmniError
 from omnilmm.models.config import read_model_config
 from omnilmm.models.device import use_threads
 from omnilmm.training import nano
@@ -104,6 +105,24 @@ def test_two_workers_learn_what_one_does(run: Any, checkpoint: Path, tmp_path: P
     alone, together = learned
     for name, tensor in alone.items():
         torch.testing.assert_close(together[name], tensor, rtol=1e-3, atol=2e-5)
+    again = run("train", "--config", tmp_path / "two.yaml", "--workers", 2, "--threads", 1)
+    assert isinstance(again.exception, OmniError)
+    assert again.exception.message == "The output folder holds a run already: resume it or name another."
+
+
+def test_the_cause_is_told_rather_than_that_workers_lost_each_other(tmp_path: Path) -> None:
+    ended = ProcessExitedException("gone", error_index=1, error_pid=7, exit_code=1)
+    assert str(_told_by(1, tmp_path, ended)) == "worker 1 has ended; --resume goes on from the latest state"
+    (tmp_path / "failed-0.json").write_text(json.dumps([False, "another worker has ended"]))
+    assert str(_told_by(1, tmp_path, ended)) == "worker 1 has ended; --resume goes on from the latest state"
+    (tmp_path / "failed-1.json").write_text(json.dumps([True, "the loss is not finite at step 3"]))
+    assert str(_told_by(0, tmp_path, ended)) == "the loss is not finite at step 3"
+
+
+def test_a_defect_keeps_its_traceback(tmp_path: Path) -> None:
+    raised = ProcessRaisedException("KeyError: 'x'", error_index=0, error_pid=7)
+    with pytest.raises(ProcessRaisedException, match="KeyError"):
+        _told_by(0, tmp_path, raised)
 
 
 def test_eval_nano_reports_by_kind_and_language(run: Any, checkpoint: Path, tmp_path: Path) -> None:
