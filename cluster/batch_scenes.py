@@ -83,8 +83,9 @@ def score(
 
 def _questions(seed: int, kind: str | None, language: str) -> Iterator[tuple[Scene, Exchange]]:
     """A question about one scene after the other, skipping those that nothing of the kind can be asked about."""
-    from omnilmm.training.scenes import Split, make_scene
+    from omnilmm.training.scenes import Split
     from omnilmm.training.scenes_ask import ask
+    from omnilmm.training.scenes_make import make_scene
 
     index = since = 0
     while True:

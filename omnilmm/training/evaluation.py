@@ -17,10 +17,11 @@ from omnilmm.prompt.template import Template
 from omnilmm.training.answers import Answers
 from omnilmm.training.learner import Learner
 from omnilmm.training.rows import collate
-from omnilmm.training.scenes import Scene, Split, make_scene
+from omnilmm.training.scenes import Scene, Split
 from omnilmm.training.scenes_ask import Talk, ask
 from omnilmm.training.scenes_check import Exchange, Kind, is_right, says_yes
 from omnilmm.training.scenes_draw import Scenery, draw
+from omnilmm.training.scenes_make import make_scene
 from omnilmm.training.scenes_words import Language
 from omnilmm.training.sources import RowSource
 

@@ -32,8 +32,9 @@ from omnilmm.models.vision import ImageEncoder, VisionBlock, VisionTower
 from omnilmm.models.weights import to_checkpoint
 from omnilmm.prompt.template import OMNILMM_SYSTEM
 from omnilmm.training.export import write_json, write_shards
-from omnilmm.training.scenes import Split, make_scene
+from omnilmm.training.scenes import Split
 from omnilmm.training.scenes_ask import ask
+from omnilmm.training.scenes_make import make_scene
 from omnilmm.training.scenes_words import chinese_words
 from omnilmm.training.tokenizer import train_tokenizer, write_tokenizer
 

@@ -10,9 +10,10 @@ from omnilmm.image.transform import squash
 from omnilmm.messages import Conversation, ImagePart, TextPart, Turn
 from omnilmm.training.config import ScenesConfig
 from omnilmm.training.rows import Row, make_row
-from omnilmm.training.scenes import FACTS, GRID, Split, generator, make_full_scene, make_scene
+from omnilmm.training.scenes import FACTS, GRID, Split, generator
 from omnilmm.training.scenes_ask import Talk, ask
 from omnilmm.training.scenes_draw import Scenery, draw, facts
+from omnilmm.training.scenes_make import make_full_scene, make_scene
 from omnilmm.training.sequences import Sequence, SequenceMaker
 
 SIDES = (140, 168, 196, 224)

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from omnilmm.training.evaluation import Answered, Paper, Report
-from omnilmm.training.scenes import COLOURS, MAX_COUNT, SHAPES
+from omnilmm.training.scenes import COLOURS, SHAPES
 from omnilmm.training.scenes_check import Kind
+from omnilmm.training.scenes_make import MAX_COUNT
 from omnilmm.training.scenes_words import Language, named
 
 OTHER = "other"

@@ -13,10 +13,11 @@ from cluster.demo import demo_picture, nano_checkpoint
 from omnilmm.config import EngineConfig, Family
 from omnilmm.messages import ChatRequest, Conversation, Delta, ImagePart, TextPart, Turn
 from omnilmm.pipeline import Pipeline
-from omnilmm.training.scenes import Split, make_scene
+from omnilmm.training.scenes import Split
 from omnilmm.training.scenes_ask import Talk, ask
 from omnilmm.training.scenes_check import Exchange, Kind, is_right
 from omnilmm.training.scenes_draw import draw, load_scenery
+from omnilmm.training.scenes_make import make_scene
 from omnilmm.training.scenes_words import Language
 
 SEED = 20_261_123  # of a world that no training and no exam has drawn

@@ -11,8 +11,9 @@ from omnilmm.errors import ConfigError
 from omnilmm.image.transform import squash
 from omnilmm.training.config import ScenesConfig
 from omnilmm.training.scene_source import SIDES, SceneSource
-from omnilmm.training.scenes import FACTS, GRID, Split, generator, make_scene
+from omnilmm.training.scenes import FACTS, GRID, Split, generator
 from omnilmm.training.scenes_draw import Scenery, draw, facts
+from omnilmm.training.scenes_make import make_scene
 from omnilmm.training.sequences import SequenceMaker
 
 SETTINGS = ScenesConfig(seed=4, conversations=3, ramp=20)

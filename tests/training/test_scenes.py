@@ -7,21 +7,8 @@ from collections import Counter
 
 import pytest
 
-from omnilmm.training.scenes import (
-    COLOURS,
-    GRID,
-    MAX_COUNT,
-    PAINT,
-    SHAPES,
-    TONE_APART,
-    WORDS,
-    Scene,
-    Split,
-    is_held_out,
-    is_word_held_out,
-    make_full_scene,
-    make_scene,
-)
+from omnilmm.training.scenes import COLOURS, GRID, PAINT, SHAPES, Scene, Split, is_held_out
+from omnilmm.training.scenes_make import MAX_COUNT, TONE_APART, WORDS, is_word_held_out, make_full_scene, make_scene
 
 SCENES = {split: [make_scene(split, 5, index) for index in range(400)] for split in Split}
 

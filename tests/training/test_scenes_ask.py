@@ -7,9 +7,10 @@ from itertools import pairwise
 
 import pytest
 
-from omnilmm.training.scenes import Scene, Split, is_held_out, make_scene
+from omnilmm.training.scenes import Scene, Split, is_held_out
 from omnilmm.training.scenes_ask import ask
 from omnilmm.training.scenes_check import Exchange, Kind, is_right
+from omnilmm.training.scenes_make import make_scene
 from omnilmm.training.scenes_words import Language, named
 
 TALKS = [

@@ -9,21 +9,9 @@ import numpy as np
 import pytest
 
 from omnilmm.training.grounding import UNTOLD
-from omnilmm.training.scenes import (
-    COLOURS,
-    COLUMNS,
-    FACTS,
-    GRID,
-    PAINT,
-    ROWS,
-    SHAPES,
-    Scene,
-    Split,
-    Thing,
-    Writing,
-    make_scene,
-)
+from omnilmm.training.scenes import COLOURS, COLUMNS, FACTS, GRID, PAINT, ROWS, SHAPES, Scene, Split, Thing, Writing
 from omnilmm.training.scenes_draw import Scenery, draw, facts, load_scenery
+from omnilmm.training.scenes_make import make_scene
 
 
 def scene_with(*things: Thing, writing: Writing | None = None, texture: str = "plain", width: float = 1.0) -> Scene:
