@@ -20,11 +20,11 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
-import omnilmm
 from cluster.demo_tokenizer import tokenizer_files, train_tokenizer
 from cluster.demo_weights import model_config, model_weights
 from omnilmm.config import Family
-from omnilmm.errors import ConfigError
+from omnilmm.errors import CheckpointError, ConfigError
+from omnilmm.models.checkpoint import resolve_checkpoint
 
 RECIPE = 1
 """Raised whenever the same seed would give other files: what an older recipe made is made anew."""
@@ -53,8 +53,10 @@ def demo_checkpoint(family: Family = Family.OMNILMM_12B) -> Path:
 
 def nano_checkpoint(family: Family = Family.OMNILMM_3B) -> Path | None:
     """The trained checkpoint of this family that is shipped with the package; None where there is none."""
-    folder = Path(omnilmm.__file__).parent / "nano" / ("3b" if family is Family.OMNILMM_3B else "12b")
-    return folder if (folder / "model.safetensors").is_file() else None
+    try:
+        return resolve_checkpoint("nano:3b" if family is Family.OMNILMM_3B else "nano:12b")
+    except CheckpointError:
+        return None
 
 
 def builtin_checkpoint() -> tuple[str, Path]:

@@ -18,9 +18,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+import omnilmm
 from omnilmm.errors import CheckpointError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_NANO = "nano:"
 _TEXT_PATTERNS = ("*.json", "tokenizer.model")
 _SAFETENSORS_PATTERN, _BIN_PATTERN = "model*.safetensors", "pytorch_model*.bin"
 
@@ -39,27 +41,41 @@ OpenShard = Callable[[Path], AbstractContextManager[Shard]]
 
 
 def resolve_checkpoint(path_or_hub_id: str, *, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: an existing local one, or the hub's, downloaded into the hub client's cache.
+    """The folder of a checkpoint: an existing local one, one that comes with this package, or the hub's, downloaded into
+    the hub client's cache.
 
     Only JSON files, the tokenizer and weights are fetched; `.bin` weights only where there are no safetensors. Without
     a network the copy already in the cache is used.
 
     Args:
-        path_or_hub_id: a folder, or a name like ``openbmb/MiniCPM-V``.
+        path_or_hub_id: a folder, ``nano:3b`` or ``nano:12b``, or a name like ``openbmb/MiniCPM-V``.
         revision: branch, tag or commit on the hub; naming a commit pins the weights.
 
     Raises:
-        CheckpointError: it is neither, or the hub does not give it.
+        CheckpointError: it is none of these, or the hub does not give it.
     """
     folder = Path(path_or_hub_id).expanduser()
     if path_or_hub_id and folder.is_dir():
         return folder
+    if path_or_hub_id.startswith(_NANO):
+        return _shipped(path_or_hub_id)
     if not _HUB_ID.fullmatch(path_or_hub_id):
         raise CheckpointError(f"There is no checkpoint folder {path_or_hub_id!r}, and it cannot be a hub id.")
     downloaded = _download(path_or_hub_id, revision, (*_TEXT_PATTERNS, _SAFETENSORS_PATTERN))
     if not any(downloaded.glob(_SAFETENSORS_PATTERN)):
         downloaded = _download(path_or_hub_id, revision, (*_TEXT_PATTERNS, _BIN_PATTERN))
     return downloaded
+
+
+def _shipped(name: str) -> Path:
+    """The folder of a small trained checkpoint that is part of the package; `name` is "nano:" and a folder in it."""
+    root = Path(omnilmm.__file__).parent / "nano"
+    shipped = [folder for folder in root.glob("*") if (folder / "model.safetensors").is_file()]
+    found = next((folder for folder in shipped if name == _NANO + folder.name), None)
+    if found is None:
+        names = sorted(_NANO + folder.name for folder in shipped)
+        raise CheckpointError(f"The small checkpoints that come with this package are {', '.join(names)}.")
+    return found
 
 
 def _download(hub_id: str, revision: str | None, patterns: tuple[str, ...]) -> Path:

@@ -17,6 +17,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 from torch import Tensor
 
+import omnilmm
 from omnilmm.errors import CheckpointError
 from omnilmm.models.checkpoint import Checkpoint, Shard, open_shard_file, resolve_checkpoint
 
@@ -227,6 +228,18 @@ def test_a_local_folder_is_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(huggingface_hub, "snapshot_download", hub.snapshot_download)
     assert resolve_checkpoint(str(tmp_path)) == tmp_path
     assert hub.asked == []
+
+
+def test_a_checkpoint_that_is_shipped_has_a_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert (resolve_checkpoint("nano:3b") / "config.json").is_file()
+    (tmp_path / "nano" / "7b").mkdir(parents=True)
+    (tmp_path / "nano" / "9b").mkdir()
+    (tmp_path / "nano" / "9b" / "model.safetensors").touch()
+    monkeypatch.setattr(omnilmm, "__file__", str(tmp_path / "__init__.py"))
+    assert resolve_checkpoint("nano:9b") == tmp_path / "nano" / "9b"
+    for name in ("nano:7b", "nano:", "nano:../nano/9b"):
+        with pytest.raises(CheckpointError, match="nano:9b"):
+            resolve_checkpoint(name)
 
 
 def test_safetensors_of_the_hub_are_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
