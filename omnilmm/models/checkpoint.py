@@ -41,8 +41,8 @@ OpenShard = Callable[[Path], AbstractContextManager[Shard]]
 
 
 def resolve_checkpoint(path_or_hub_id: str, *, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: an existing local one, one that comes with this package, or the hub's, downloaded into
-    the hub client's cache.
+    """The folder of a checkpoint: an existing local one, one that comes with this package, or the hub's, downloaded
+    into the hub client's cache.
 
     Only JSON files, the tokenizer and weights are fetched; `.bin` weights only where there are no safetensors. Without
     a network the copy already in the cache is used.
