@@ -66,14 +66,16 @@ class LocalService:
 
     def __init__(self, flows: dict[str, Any], images: Any) -> None:
         from deployments.asking import Ledger, LoggedReceipts
+        from omnilmm.observe import Silent
         from omnilmm.pipeline import SystemClock
         from omnilmm.tenancy.governor import Governor
         from omnilmm.tenancy.keys import KeyBook, Tenant
+        from omnilmm.tenancy.lines import Lines
         from omnilmm.tenancy.places import Places
 
         self.flows, self.images = flows, images
         self.governor, self.keys = Governor(SystemClock()), KeyBook()
-        self.places = Places(1)  # lines of a batch take none
+        self.places, self.lines = Places(1), Lines(Silent())  # lines of a batch take none
         self.ledger: Ledger = LoggedReceipts()
         self.request_timeout_s = 24 * 3600.0
         self._tenant = Tenant(TENANT, TENANT)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager, nullcontext
+from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ from omnilmm.api.choices import choices_of
 from omnilmm.api.endpoints import ENDPOINTS, Body
 from omnilmm.api.fields import Caller
 from omnilmm.api.responses import Answer, Heading
-from omnilmm.errors import DeadlineExceeded, InvalidRequest, OmniError
+from omnilmm.errors import DeadlineExceeded, InvalidRequest, OmniError, QueueFull
 from omnilmm.flow import ChatFlow
 from omnilmm.image.reader import ImageReader
 from omnilmm.image.source import located, picture_size
@@ -25,6 +25,7 @@ from omnilmm.messages import ChatRequest, Delta, Finished, Priority, Usage
 from omnilmm.prompt.template import NUM_IMAGE_TOKENS
 from omnilmm.tenancy.governor import Estimate, Governor
 from omnilmm.tenancy.keys import KeyBook, Tenant
+from omnilmm.tenancy.lines import Lines
 from omnilmm.tenancy.places import Places
 from omnilmm.tenancy.tenant import TenantLimits
 from omnilmm.tenancy.usage import Receipt
@@ -59,6 +60,7 @@ class AskService(Protocol):
     images: ImageReader
     governor: Governor
     places: Places
+    lines: Lines
     ledger: Ledger
     keys: KeyBook
     request_timeout_s: float
@@ -93,9 +95,11 @@ async def ask(
     """
     begun = time.monotonic()
     service.ledger.check_room()
-    with _in_terms_of(body), service.places.take(tenant.name) if batch_id is None else nullcontext():
+    with _in_terms_of(body), ExitStack() as room:
         tenant.check_model(body.model, served_to(tenant, service.flows))
         flow = service.flows[body.model]
+        if batch_id is None:
+            _make_room(service, room, tenant, body.model, caller.priority)
         files = await service.images.read_all(body.pictures(), tenant=tenant.name)
         prompts = body.to_requests(caller, files)
         limited = tenant if batch_id is None else replace(tenant, limits=_limits_of_lines(tenant.limits))
@@ -246,6 +250,21 @@ def _limits_of_lines(limits: TenantLimits) -> TenantLimits:
     return TenantLimits(cache_bytes=limits.cache_bytes)
 
 
+def _make_room(service: AskService, room: ExitStack, tenant: Tenant, model: str, priority: Priority) -> None:
+    """Take what a request holds until `room` is closed, before anything of it is looked at: that is most of its cost.
+
+    Raises:
+        Overloaded: see `Places.take` and `Lines.enter`.
+    """
+    begun = time.monotonic()
+    try:
+        room.enter_context(service.places.take(tenant.name))
+        room.enter_context(service.lines.enter(tenant.name, model, priority))
+    except QueueFull:
+        service.lines.note_refused(model, time.monotonic() - begun)
+        raise
+
+
 @contextmanager
 def _in_terms_of(body: Body) -> Iterator[None]:
     """Errors of the flow speak of chat completions; outside they speak of this body."""
@@ -253,6 +272,8 @@ def _in_terms_of(body: Body) -> Iterator[None]:
         yield
     except OmniError as error:
         error.param = body.place(error.param)
+        if isinstance(error, QueueFull):
+            error.model = body.model
         raise
 
 

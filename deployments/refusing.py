@@ -10,7 +10,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from omnilmm.errors import InvalidRequest, NotFound, OmniError
+from deployments.repeating import MARK, mark_of
+from omnilmm.errors import InvalidRequest, NotFound, OmniError, QueueFull
 from omnilmm.tenancy.standing import LimitReached
 
 logger = logging.getLogger("ray.serve")
@@ -50,6 +51,8 @@ async def _refuse(request: Request, error: Exception) -> Response:
     headers = dict(error.headers) if isinstance(error, (LimitReached, MethodNotAllowed)) else {}
     if error.retry_after is not None:
         headers["Retry-After"] = str(max(1, round(error.retry_after)))
+    if isinstance(error, QueueFull) and error.lasts_s > 0:
+        headers[MARK] = mark_of(error)
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error.body(), status_code=error.status, headers=headers)

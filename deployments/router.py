@@ -41,6 +41,7 @@ from omnilmm.pipeline import NoEncoder, SystemClock, read_card
 from omnilmm.ports import Decoder as DecoderPort
 from omnilmm.retries import RetryBudget
 from omnilmm.tenancy.governor import Governor
+from omnilmm.tenancy.lines import Lines
 from omnilmm.tenancy.places import Places
 from omnilmm.tenancy.tenant import Tenant
 
@@ -96,6 +97,9 @@ class Router:
         self.started = int(time.time())
         self.metrics = MetricsPage(replica=uuid.uuid4().hex[:12])
         self._observer = Audience([ServeObserver(), self.metrics])
+        self.lines = Lines(self._observer)
+        self._num_routers = max(1, settings.router.autoscaling.min_replicas)
+        self._sizes: dict[str, int] = {}  # of the lines in front of decoders, by model
         memory_bytes = min(ROUTER_MEMORY_BYTES, settings.cache.memory_bytes)  # 0 there means: nothing is remembered
         self._store = await open_store(settings.cache, self._observer, memory_bytes=memory_bytes)
         self._cache_keys = await open_keys(settings.cache)
@@ -144,6 +148,7 @@ class Router:
 
     def _serve(self, bases: Mapping[str, ChatFlow]) -> None:
         """Serve these models and their adapters, and nothing else."""
+        self.lines.resize({name: self._sizes[name] for name in bases})
         self.adapters = {name: host for name, host in self.adapters.items() if name in bases}
         flows = dict(bases)
         for host in self.adapters.values():
@@ -170,6 +175,7 @@ class Router:
             max_context=model.context(config.max_context),
         )
         decoder = ServeDecoder(pools["decoder"])
+        self._sizes[model.name] = model.decoder.num_held(self._num_routers)
 
         def adapted(name: str, called: str, owners: frozenset[str] | None) -> ChatFlow:
             owned = AdapterDecoder(decoder, called, owners)

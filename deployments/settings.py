@@ -105,6 +105,13 @@ class DecoderPool(ModelPool):
     """Replay decode steps of up to 64 sequences as CUDA graphs: where attention is paged if not given, and true is
     refused elsewhere."""
 
+    def num_held(self, num_routers: int) -> int:
+        """A router's share of the requests that run and wait in all replicas there may be. At least twice as many as
+        can run: by the rule of `omnilmm.tenancy.places` a tenant may be refused once two thirds are taken, which must
+        not leave a seat empty."""
+        held = min(self.max_sequences + self.max_waiting, self.max_ongoing_requests)
+        return self.autoscaling.max_replicas * max(2 * self.max_sequences, -(-held // num_routers))
+
     def engine_config(self, max_context: int) -> EngineConfig:
         return EngineConfig(
             num_blocks=self.num_blocks,

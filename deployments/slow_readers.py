@@ -22,6 +22,7 @@ from functools import partial
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from deployments.repeating import RepeatedRefusals
 from deployments.settings import reader_limits
 
 PIECE_BYTES = 64 * 1024
@@ -100,12 +101,20 @@ class SlowReaders:
 
 
 def proxy_middleware() -> list[Middleware]:
-    """For Serve to call in each proxy."""
+    """For Serve to call in each proxy; the outermost comes last."""
     from ray.util.metrics import Counter
 
     cuts = Counter("omnilmm_slow_readers_cut", "Connections cut because their clients read too slowly.")
+    repeated = Counter(
+        "omnilmm_refusals_repeated",
+        "Refusals that a router's earlier one stood for.",
+        tag_keys=("model",),
+    )
     patience_s, max_stream_s = reader_limits()
-    return [Middleware(SlowReaders, patience_s=patience_s, max_stream_s=max_stream_s, note_cut=cuts.inc)]
+    return [
+        Middleware(RepeatedRefusals, note_repeated=lambda model: repeated.inc(tags={"model": model})),
+        Middleware(SlowReaders, patience_s=patience_s, max_stream_s=max_stream_s, note_cut=cuts.inc),
+    ]
 
 
 def _transport_of(send: Send) -> asyncio.Transport | None:

@@ -11,6 +11,7 @@
     ├── NotFound                     404  unknown model, file, batch or route
     ├── RateLimited                  429  the tenant is over a limit of its own
     ├── Overloaded                   503  we have no room; come back after `retry_after` seconds
+    │   ├── QueueFull                503  a line holds as much of this tenant as it may; so it will a moment later
     │   └── ReplicaLost              503  the replica serving this died; the flow retries it elsewhere
     ├── DeadlineExceeded             504  the request's own time ran out
     └── StartupError                  -   a checkpoint, a setting or a server cannot be used (never over HTTP)
@@ -142,6 +143,17 @@ class Overloaded(OmniError):
     status = 503
     type = "server_error"
     default_code = "overloaded"
+
+
+class QueueFull(Overloaded):
+    """A line holds as much of this tenant as it may.
+
+    `lasts_s` is for how many seconds whoever asks for the same tenant and `model` may be told so again without another
+    look; 0 for not at all. Neither travels between processes.
+    """
+
+    lasts_s: float = 0.0
+    model: str = ""
 
 
 class ReplicaLost(Overloaded):

@@ -23,7 +23,7 @@ from omnilmm.engine.blocks import BlockManager
 from omnilmm.engine.fair_queue import OUTPUT_COST, PROMPT_COST, FairQueue
 from omnilmm.engine.plan import Needs, Plan, Row
 from omnilmm.engine.sequence import Sequence, Status
-from omnilmm.errors import Overloaded
+from omnilmm.errors import QueueFull
 from omnilmm.messages import GenerateCall, Priority
 from omnilmm.ports import Clock
 
@@ -93,13 +93,13 @@ class Scheduler:
         """Queue a new sequence, which must fit into the pool when alone.
 
         Raises:
-            Overloaded: of its class `max_waiting` sequences wait already, or GREED times as many of its tenant as are
+            QueueFull: of its class `max_waiting` sequences wait already, or GREED times as many of its tenant as are
                 let in beside them.
         """
         queue = self._queues[sequence.priority]
         num_free = self._config.max_waiting - len(queue)
         if queue.num_of(sequence.call.tenant) >= GREED * num_free:
-            raise Overloaded("The decode queue is full.", retry_after=RETRY_AFTER_S)
+            raise QueueFull("The decode queue is full.", retry_after=RETRY_AFTER_S)
         queue.push(sequence)
 
     def release(self, sequence: Sequence, status: Status) -> None:

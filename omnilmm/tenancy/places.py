@@ -12,11 +12,16 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from omnilmm.errors import Overloaded
+from omnilmm.errors import Overloaded, QueueFull
 
 RETRY_AFTER_S = 1.0
 GREED = 2
 """Places a tenant may hold for each that is free."""
+ENDS_PER_S = 200.0
+"""More answers than one router brings to an end in a second. A refusal lasts for as long as all that the tenant holds
+would take to end at this rate: nobody's line is empty before its refusal is over."""
+MAX_LASTS_S = 0.5
+"""But no longer: whoever has room again is let in within this."""
 
 
 class Places:
@@ -36,18 +41,25 @@ class Places:
     def num_free(self) -> int:
         return self._num_places - sum(self._held.values())
 
+    def refusal(self, tenant: str) -> QueueFull:
+        """That the tenant has what it may have, and for how long that can be said without another look."""
+        full = QueueFull("Too many answers are being given. Try again in a moment.", retry_after=RETRY_AFTER_S)
+        full.lasts_s = min(MAX_LASTS_S, self._held.get(tenant, 0) / ENDS_PER_S)
+        return full
+
     @contextmanager
     def take(self, tenant: str) -> Iterator[None]:
         """A place for as long as the block lasts.
 
         Raises:
-            Overloaded: the tenant holds GREED times as many places as are free, or no more are given.
+            QueueFull: the tenant holds GREED times as many places as are free.
+            Overloaded: no more are given.
         """
         if self._is_closing:
             raise Overloaded("The server is about to stop.", retry_after=RETRY_AFTER_S)
         held = self._held.get(tenant, 0)
         if held >= GREED * self.num_free:
-            raise Overloaded("Too many answers are being given. Try again in a moment.", retry_after=RETRY_AFTER_S)
+            raise self.refusal(tenant)
         self._held[tenant] = held + 1
         try:
             yield

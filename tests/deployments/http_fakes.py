@@ -39,6 +39,7 @@ from omnilmm.prompt.template import load_template
 from omnilmm.tenancy.governor import Governor
 from omnilmm.tenancy.idempotency import IdempotencyStore
 from omnilmm.tenancy.keys import AdminKeys, KeyBook
+from omnilmm.tenancy.lines import Lines
 from omnilmm.tenancy.places import Places
 from omnilmm.tenancy.usage import Receipt
 
@@ -190,6 +191,7 @@ def make_service(flows: dict[str, ChatFlow], **changes: Any) -> Service:
         "images": ImageReader(limits),
         "governor": Governor(SystemClock()),
         "places": Places(192),
+        "lines": Lines(Silence()),
         "ledger": Notes(),
         "metrics": MetricsPage("replica-1"),
         # what only the routes of files, batches and admins ask for; they have tests of their own

@@ -74,6 +74,21 @@ def test_calls_wait_in_the_decoder_which_knows_tenants_and_not_in_front_of_it():
     assert pool.max_ongoing_requests > pool.max_sequences + pool.max_waiting * len(Priority)
 
 
+@pytest.mark.parametrize(
+    ("changes", "num_routers", "num_held"),
+    [
+        ({}, 1, 64 + 256),
+        ({}, 2, 160),
+        ({}, 3, 128),  # never less than twice the seats
+        ({"max_waiting": 1}, 1, 128),
+        ({"max_ongoing_requests": 200}, 1, 200),
+        ({"autoscaling": {"max_replicas": 3}}, 1, 3 * 320),
+    ],
+)
+def test_a_router_counts_on_what_decoders_can_hold_and_leaves_no_seat_empty(changes, num_routers, num_held):
+    assert DecoderPool.model_validate(changes).num_held(num_routers) == num_held
+
+
 def test_a_redis_of_one_s_own_needs_a_secret(monkeypatch):
     monkeypatch.delenv(CACHE_SECRET_VARIABLE, raising=False)
     with pytest.raises(ConfigError, match=CACHE_SECRET_VARIABLE):

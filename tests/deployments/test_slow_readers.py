@@ -12,6 +12,7 @@ import uvicorn
 from starlette.middleware import Middleware
 
 from cluster.local import RAY_ENVIRONMENT, proxy_environment
+from deployments.repeating import RepeatedRefusals
 from deployments.settings import MAX_STREAM_VARIABLE, SLOW_READER_VARIABLE, AppSettings
 from deployments.slow_readers import SlowReaders, proxy_middleware
 
@@ -215,8 +216,9 @@ def test_every_proxy_gets_what_the_settings_say(monkeypatch, data):
     router = {"slow_reader_s": 7, "request_timeout_s": 20}
     for name, value in proxy_environment(AppSettings.model_validate({"models": models, "router": router})).items():
         monkeypatch.setenv(name, value)
-    (middleware,) = proxy_middleware()
+    repeated, middleware = proxy_middleware()  # the outermost comes last
     assert isinstance(middleware, Middleware)
+    assert repeated.cls is RepeatedRefusals
     assert middleware.cls is SlowReaders
     assert (middleware.kwargs["patience_s"], middleware.kwargs["max_stream_s"]) == (7.0, 27.0)
 
@@ -224,5 +226,5 @@ def test_every_proxy_gets_what_the_settings_say(monkeypatch, data):
 def test_without_settings_the_defaults_hold(monkeypatch):
     monkeypatch.delenv(SLOW_READER_VARIABLE, raising=False)
     monkeypatch.delenv(MAX_STREAM_VARIABLE, raising=False)
-    (middleware,) = proxy_middleware()
+    _, middleware = proxy_middleware()
     assert (middleware.kwargs["patience_s"], middleware.kwargs["max_stream_s"]) == (30.0, 330.0)

@@ -5,8 +5,8 @@ from contextlib import ExitStack
 
 import pytest
 
-from omnilmm.errors import Overloaded
-from omnilmm.tenancy.places import Places
+from omnilmm.errors import Overloaded, QueueFull
+from omnilmm.tenancy.places import ENDS_PER_S, MAX_LASTS_S, Places
 
 
 def fill(places: Places, tenant: str, held: ExitStack) -> int:
@@ -53,6 +53,25 @@ def test_a_refusal_says_when_to_come_again():
     assert refusal.value.retry_after == 1
     with places.take("b"):
         assert places.num_free == 0
+
+
+@pytest.mark.parametrize(("num_places", "seconds"), [(1, 0.0), (3, 2 / ENDS_PER_S), (3000, MAX_LASTS_S)])
+def test_a_refusal_lasts_for_as_long_as_all_that_is_held_takes_to_end(num_places, seconds):
+    places = Places(num_places)
+    with ExitStack() as held:
+        fill(places, "a", held)
+        refused = "b" if num_places == 1 else "a"
+        with pytest.raises(QueueFull) as full, places.take(refused):
+            pass
+    assert full.value.lasts_s == pytest.approx(seconds)
+
+
+async def test_that_it_is_about_to_stop_is_no_full_queue():
+    places = Places(8)
+    await places.drain(0.0)
+    with pytest.raises(Overloaded) as refusal, places.take("a"):
+        pass
+    assert not isinstance(refusal.value, QueueFull)
 
 
 def test_a_place_is_given_back_however_the_answer_ends():
