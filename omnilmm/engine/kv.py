@@ -57,6 +57,11 @@ class PagedKV:
     def dtype(self) -> torch.dtype:
         return self._pool.dtype
 
+    @property
+    def pool(self) -> Tensor:
+        """All of it: (layers, num_blocks, 2, kv_heads, block_size, head_dim), keys before values."""
+        return self._pool
+
     def blocks(self, layer: int) -> tuple[Tensor, Tensor]:
         """Views of a layer, each (num_blocks, block_size, kv_heads, head_dim): for kernels that read block tables."""
         keys, values = self._pool[layer].unbind(1)

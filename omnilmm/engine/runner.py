@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from omnilmm.models.adapters import AdapterPool, TokenRun
 from omnilmm.models.attention import Attend
 from omnilmm.models.decoder import LanguageModel
 from omnilmm.models.device import pin_threads
+from omnilmm.models.native_decode import NativeDecoder, can_decode
 
 _DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -53,6 +56,9 @@ class ModelRunner:
         self._is_to_pin = owns_cores
         self._kv = backend.pool(config, model.config, dtype=self._dtype, device=self._device)
         self._graphs = backend.prepare(model, self._kv, config)
+        self._native: NativeDecoder | None = None
+        if model.kernels is not None and can_decode(model, self._kv.pool):
+            self._native = NativeDecoder(model, model.kernels, self._kv.pool)
 
     @property
     def vocab_size(self) -> int:
@@ -128,9 +134,23 @@ class ModelRunner:
             for picture, rows in zip(row.pictures, vectors[row.sequence_id], strict=True):
                 begin = first + picture.offset
                 embeds[begin : begin + picture.count] = rows
+        if self._native is not None and all(row.num_tokens == 1 and row.ranks is None for row in batch.rows):
+            return self._decode(self._native, embeds, batch, should_yield)
         attend = _yielding(self._attend_factory(batch, self._kv), should_yield)
         with self._acting(batch):
             return self._model(embeds, batch.positions, attend)[batch.lasts]
+
+    def _decode(self, native: NativeDecoder, embeds: Tensor, batch: Batch, should_yield: ShouldYield) -> Tensor:
+        """`_forward` for rows of one token each, none of which has an adapter."""
+        if len(batch.begun):
+            self._kv.begin(batch.begun)
+        rows = batch.rows
+        block_ids = np.zeros((len(rows), max(len(row.block_ids) for row in rows)), dtype=np.int32)
+        for line, row in zip(block_ids, rows, strict=True):
+            line[: len(row.block_ids)] = row.block_ids
+        ends = np.array([row.end for row in rows], dtype=np.int32)
+        before_layer = None if should_yield is never else partial(_give_way, should_yield)
+        return native.decode(embeds, batch.positions, block_ids, ends, before_layer)
 
     def _acting(self, batch: Batch) -> AbstractContextManager[None]:
         """The adapters of a step's rows at work; nothing at all where there are none."""
@@ -158,11 +178,15 @@ def _yielding(attend: Attend, should_yield: ShouldYield) -> Attend:
         return attend
 
     def attend_if_wanted(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if should_yield():
-            raise StepYielded
+        _give_way(should_yield)
         return attend(layer, q, k, v)
 
     return attend_if_wanted
+
+
+def _give_way(should_yield: ShouldYield) -> None:
+    if should_yield():
+        raise StepYielded
 
 
 def _is_finite(rows: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from omnilmm.models.adapter_products import (
 )
 from omnilmm.models.config import ModelConfig
 from omnilmm.models.decoder import LanguageModel
+from omnilmm.models.native import NativeLinear
 from omnilmm.models.packed import PackedLinear
 
 __all__ = ["FEW", "GAP", "AdapterPool", "TokenRun"]
@@ -77,7 +78,7 @@ class AdapterPool:
             hook = partial(self._add, len(self._layers))
             self._layers.append(Pairs.zero(example, names, [slots[name] for name in names], num_ranks))
             self._hooks.append(model.get_submodule(layer).register_forward_hook(hook))
-        self._packs = all(isinstance(model.get_submodule(layer), PackedLinear) for layer in fused)
+        self._packs = all(isinstance(model.get_submodule(layer), PackedLinear | NativeLinear) for layer in fused)
 
     @property
     def num_bytes(self) -> int:

@@ -16,6 +16,7 @@ from torch.nn import functional
 from omnilmm.models.attention import Attend
 from omnilmm.models.config import LanguageConfig
 from omnilmm.models.layers import GatedMLP, RMSNorm
+from omnilmm.models.native import Kernels
 from omnilmm.models.positions import Rotary, rotate
 
 
@@ -64,6 +65,7 @@ class LanguageModel(nn.Module):
         if not config.is_tied:
             self.head = nn.Linear(config.hidden, config.vocab_size, bias=False)
         self._unembed: Callable[[Tensor], Tensor] | None = None
+        self.kernels: Kernels | None = None  # what its matrices are laid out for, if for these
 
     @property
     def output_matrix(self) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +22,7 @@ from omnilmm.models.config import ModelConfig
 from omnilmm.models.decoder import DecoderLayer, LanguageModel
 from omnilmm.models.device import apart
 from omnilmm.models.layers import RMSNorm
+from omnilmm.models.native import PANEL, Kernels, NativeLinear, can_compute, try_kernels
 from omnilmm.models.positions import rotate
 from omnilmm.models.weights import Progress, load_language_model
 
@@ -113,14 +115,14 @@ class PackedLayer(nn.Module):
         for part in (self.attention, self.mlp):
             for name, linear in list(part.named_children()):
                 setattr(part, name, make(linear.get_parameter("weight")))
-        self._linears = (self.attention.qkv, self.attention.out, self.mlp.gate_up, self.mlp.down)
+        self.linears = (self.attention.qkv, self.attention.out, self.mlp.gate_up, self.mlp.down)
         self._norms = (PackedNorm(self.attention_norm), PackedNorm(self.mlp_norm))
         self._residual_scale = layer.residual_scale
         self._layer, self._head_dim = layer.attention.layer, layer.attention.head_dim
         self._num_heads, self._num_kv_heads = layer.attention.num_heads, layer.attention.num_kv_heads
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        qkv_of, out_of, gate_up_of, down_of = self._linears
+        qkv_of, out_of, gate_up_of, down_of = self.linears
         attention_norm, mlp_norm = self._norms
         num_heads, num_qk = self._num_heads, self._num_heads + self._num_kv_heads
         qkv = qkv_of(attention_norm(x)).view(len(x), -1, self._head_dim)
@@ -146,7 +148,8 @@ def load_for_decoding(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> LanguageModel:
-    """The language model as the engine wants it: `load_language_model`, then `prepare_for_decoding`.
+    """The language model as the engine wants it: `load_language_model`, then `prepare_for_decoding`, with our own
+    kernels where they can be had.
 
     Raises:
         CheckpointError: the weights are not those of `config`.
@@ -155,37 +158,60 @@ def load_for_decoding(
 
     def load() -> LanguageModel:
         model = load_language_model(folder, config, dtype=dtype, device=device, progress=progress)
-        return prepare_for_decoding(model, weight_dtype=weight_dtype)
+        kernels = try_kernels() if can_use_kernels(model) else None
+        return prepare_for_decoding(model, weight_dtype=weight_dtype, kernels=kernels)
 
     return apart(load)
 
 
 @torch.no_grad()
-def prepare_for_decoding(model: LanguageModel, *, weight_dtype: WeightDtype | None = None) -> LanguageModel:
+def prepare_for_decoding(
+    model: LanguageModel, *, weight_dtype: WeightDtype | None = None, kernels: Kernels | None = None
+) -> LanguageModel:
     """Lay the weights of a loaded, frozen model out for decoding, in place and one after another. Returns it.
 
-    With no `weight_dtype`, half-precision weights on CPU are packed where oneDNN computes in their dtype; all others
-    stay as they are. Where the output matrix is tied to the input embedding, it is kept in both forms, because
-    embedding reads single rows.
+    With `kernels`, which a model must be fit for (`can_use_kernels`), weights lie as these want them, and the engine
+    decodes by them. Without, and with no `weight_dtype`, half-precision weights on CPU are packed where oneDNN computes
+    in their dtype; all others stay as they are. Where the output matrix is tied to the input embedding, it is kept in
+    both forms, because embedding reads single rows.
 
     Raises:
         ConfigError: 8-bit weights were asked for on another device than CPU.
     """
-    make = _linear_of(model.embedding.weight, weight_dtype)
+    assert kernels is None or can_use_kernels(model), "kernels for another kind of model"
+    make = _linear_of(model.embedding.weight, weight_dtype, kernels)
     if make is not None:
         for index, layer in enumerate(model.layers):
             assert isinstance(layer, DecoderLayer), "prepared twice"
             model.layers[index] = PackedLayer(layer, make)  # the plain weights go before the next layer is made
         model.replace_head(make(model.output_matrix))
+        model.kernels = kernels
     return model
 
 
-def _linear_of(example: Tensor, weight_dtype: WeightDtype | None) -> Callable[[Tensor], nn.Module] | None:
+def can_use_kernels(model: LanguageModel) -> bool:
+    """Whether our own kernels can compute this model here: in bfloat16, on such a CPU, and with fit widths."""
+    weight, config = model.embedding.weight, model.config
+    widths = (config.hidden, config.mlp_width, config.head_dim)
+    is_fit = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+    return is_fit and all(width % PANEL == 0 for width in widths) and can_compute()
+
+
+def _linear_of(
+    example: Tensor, weight_dtype: WeightDtype | None, kernels: Kernels | None
+) -> Callable[[Tensor], nn.Module] | None:
     if weight_dtype is not None:
         if example.device.type != "cpu":
             raise ConfigError("weight_dtype int8 is made for CPU only", param="weight_dtype")
-        return Int8Linear
+        return Int8Linear if kernels is None else partial(_native_int8, kernels)
+    if kernels is not None:
+        return partial(NativeLinear, kernels)
     return PackedLinear if _can_pack(example) else None
+
+
+def _native_int8(kernels: Kernels, weight: Tensor) -> NativeLinear:
+    plain = Int8Linear(weight)
+    return NativeLinear(kernels, plain.levels, plain.scale)
 
 
 def _can_pack(example: Tensor) -> bool:

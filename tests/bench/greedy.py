@@ -47,7 +47,8 @@ def make_texts(count: int) -> list[str]:
 
 async def our_answers(folder: Path, texts: Sequence[str], num_tokens: int) -> tuple[list[Ids], list[Ids]]:
     """Ids of the prompts, and of the answers."""
-    async with Pipeline.load(str(folder), dtype="float32", engine=EngineConfig(max_sequences=16)) as pipeline:
+    engine = EngineConfig(max_sequences=16, max_waiting=2 * len(texts))  # one caller may take a part of the queue only
+    async with Pipeline.load(str(folder), dtype="float32", engine=engine) as pipeline:
         prompts = [tuple(pipeline.card.template.tokenizer.encode_parsed(text)) for text in texts]
 
         async def answer(ids: Ids) -> Ids:

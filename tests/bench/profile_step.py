@@ -1,10 +1,11 @@
 """Where the time of a decode step goes.
 
-    python tests/bench/profile_step.py --model FOLDER [--threads 1]
+    python tests/bench/profile_step.py --model FOLDER [--threads 1] [--torch]
 
-Runs steps of 1 and 16 sequences through the engine's own runner, without scheduler, server and Ray: first untouched,
+Runs steps of 1, 4 and 16 sequences through the engine's own runner, without scheduler, server and Ray: first untouched,
 for the time of a step; then under torch's profiler, for the shares of its operators. One thread gives the clearest
-picture, and CPU time is counted, so what else runs on the machine matters little.
+picture, and CPU time is counted, so what else runs on the machine matters little. Where our own kernels are used, they
+are two of the operators (a layer, and a product on its own); with --torch they are not.
 """
 
 from __future__ import annotations
@@ -12,28 +13,47 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from omnilmm.config import EngineConfig
 from omnilmm.engine.plan import Draw, Plan, Row
 from omnilmm.engine.runner import ModelRunner
 from omnilmm.messages import Sampling
 from omnilmm.models.config import read_model_config
-from omnilmm.models.packed import prepare_for_decoding
+from omnilmm.models.native import Kernels, try_kernels
+from omnilmm.models.packed import can_use_kernels, prepare_for_decoding
 from omnilmm.models.weights import load_language_model
 
 NUM_STEPS = 20
 MAX_BLOCKS = 60
 KINDS: Mapping[str, tuple[str, ...]] = {
-    "matrix products of the weights": ("mkldnn::_linear_pointwise", "aten::_weight_int8pack", "aten::mm"),
+    "whole layers by our kernels": ("ours::layer",),
+    "matrix products of the weights": (
+        "ours::linear",
+        "mkldnn::_linear_pointwise",
+        "aten::_weight_int8pack",
+        "aten::mm",
+    ),
     "attention": ("aten::_scaled_dot_product", "aten::bmm", "aten::_softmax", "aten::baddbmm"),
     "keys and values in and out of the pool": ("aten::index_copy", "aten::index_select"),
     "choosing the token": ("aten::argmax",),
 }
+
+
+def seen_by_profiler(kernels: Kernels) -> Kernels:
+    for name in ("linear", "layer"):
+        setattr(kernels, name, partial(recorded, f"ours::{name}", getattr(kernels, name)))
+    return kernels
+
+
+def recorded(name: str, call: Callable[..., None], *args: int) -> None:
+    with record_function(name):
+        call(*args)
 
 
 def decode_plan(num_sequences: int, context: int, block_size: int) -> Plan:
@@ -90,6 +110,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="folder of a text checkpoint")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--weight-dtype", choices=["int8"])
+    parser.add_argument("--torch", action="store_true", help="without our own kernels")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--context", type=int, default=160, help="tokens of each sequence")
     parser.add_argument("--rows", type=int, default=14, help="operators to list")
@@ -98,10 +119,16 @@ def main() -> None:
     config = read_model_config(args.model)
     engine = EngineConfig()
     model = load_language_model(args.model, config, dtype=args.dtype)
-    runner = ModelRunner(prepare_for_decoding(model, weight_dtype=args.weight_dtype), engine)
+    kernels = try_kernels() if can_use_kernels(model) and not args.torch else None
+    if kernels is not None:
+        kernels = seen_by_profiler(kernels)
+    runner = ModelRunner(prepare_for_decoding(model, weight_dtype=args.weight_dtype, kernels=kernels), engine)
     weights = args.weight_dtype or args.dtype
-    print(f"torch {torch.__version__}, {args.threads} threads, {args.dtype}, {weights} weights, {args.model.name}")
-    for num_sequences in (1, 16):
+    print(
+        f"torch {torch.__version__}, {args.threads} threads, {args.dtype}, {weights} weights, {args.model.name}, "
+        f"{'torch alone' if kernels is None else 'our kernels'}"
+    )
+    for num_sequences in (1, 4, 16):
         print_profile(runner, num_sequences, args.context, engine.block_size, args.rows)
 
 

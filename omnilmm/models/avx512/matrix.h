@@ -1,0 +1,176 @@
+// Products x W^T of bfloat16 rows with a weight of bfloat16 or 8-bit integers, by AVX512-BF16's dot products.
+//
+// A weight W (out, in) lies in panels of 32 outputs: [out / 32][in / 2][32][2]. A panel is one stream in memory, and two
+// of its vectors meet a pair of an input's numbers. Panels are shared among threads; within one, rows of x are taken in
+// tiles whose sums stay in registers. Every output is summed in the same order whatever else is in the product, so a
+// row's numbers do not depend on the rows beside it, nor on the number of threads.
+#pragma once
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+using bf16 = uint16_t;
+
+constexpr int PANEL = 32;     // outputs
+constexpr int TILE = 12;      // rows whose sums are kept in registers: 24 of them, beside two for the weight
+constexpr int AHEAD = 64;     // pairs of inputs by which reading from memory runs ahead: 8 KB of bfloat16
+constexpr int ROWS_EACH = 48; // rows of a task, where there are too few panels for the threads
+
+inline __m512 widen(__m256i x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
+inline __m512 load(const bf16* p) { return widen(_mm256_loadu_si256((const __m256i*)p)); }
+inline void store(bf16* p, __m512 x) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x)); }
+inline __m512 rounded(__m512 x) { return widen((__m256i)_mm512_cvtneps_pbh(x)); }
+
+inline __m512bh both(const bf16* pair) {
+    int32_t bits;
+    std::memcpy(&bits, pair, sizeof bits);
+    return (__m512bh)_mm512_set1_epi32(bits);
+}
+
+struct HalfPanel {
+    const bf16* at;
+
+    void read(int k, __m512bh& left, __m512bh& right) const {
+        left = (__m512bh)_mm512_loadu_si512(at + (size_t)k * 2 * PANEL);
+        right = (__m512bh)_mm512_loadu_si512(at + (size_t)k * 2 * PANEL + PANEL);
+    }
+    void fetch(int k) const {  // may point behind the weight: a prefetch faults nowhere
+        _mm_prefetch((const char*)(at + (size_t)k * 2 * PANEL), _MM_HINT_T0);
+        _mm_prefetch((const char*)(at + (size_t)k * 2 * PANEL + PANEL), _MM_HINT_T0);
+    }
+};
+
+struct Int8Panel {
+    const int8_t* at;
+
+    static __m512bh exact(const int8_t* p) {  // 8 bits fit into bfloat16's
+        __m256i x = _mm256_loadu_si256((const __m256i*)p);
+        __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(x)));
+        __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(x, 1)));
+        return _mm512_cvtne2ps_pbh(high, low);
+    }
+    void read(int k, __m512bh& left, __m512bh& right) const {
+        left = exact(at + (size_t)k * 2 * PANEL);
+        right = exact(at + (size_t)k * 2 * PANEL + PANEL);
+    }
+    void fetch(int k) const { _mm_prefetch((const char*)(at + (size_t)k * 2 * PANEL), _MM_HINT_T0); }
+};
+
+// A weight: its panels, and for 8-bit integers what each output is multiplied by.
+struct Weight {
+    const void* panels;
+    const float* scale;  // (outputs rounded up to panels); null: the panels are bfloat16
+    int64_t outputs;
+    int64_t inputs;
+
+    int num_panels() const { return (int)((outputs + PANEL - 1) / PANEL); }
+};
+
+// Sums of ROWS rows of x with one panel, (ROWS, PANEL). Every loop over rows is unrolled, or the sums would live in memory.
+template <int ROWS, class Panel>
+inline void tile(const bf16* x, int64_t inputs, Panel panel, int ahead, float* sums) {
+    __m512 left[ROWS], right[ROWS];
+#pragma GCC unroll 12
+    for (int m = 0; m < ROWS; m++) left[m] = right[m] = _mm512_setzero_ps();
+    for (int k = 0; k < inputs / 2; k++) {
+        __m512bh a, b;
+        panel.read(k, a, b);
+        panel.fetch(k + ahead);
+#pragma GCC unroll 12
+        for (int m = 0; m < ROWS; m++) {
+            __m512bh pair = both(x + m * inputs + 2 * k);
+            left[m] = _mm512_dpbf16_ps(left[m], pair, a);
+            right[m] = _mm512_dpbf16_ps(right[m], pair, b);
+        }
+    }
+#pragma GCC unroll 12
+    for (int m = 0; m < ROWS; m++) {
+        _mm512_storeu_ps(sums + m * PANEL, left[m]);
+        _mm512_storeu_ps(sums + m * PANEL + 16, right[m]);
+    }
+}
+
+// The same for any number of rows: out(row, left, right) gets them. What is read ahead: this panel while it comes from memory, the next one after that.
+template <class Panel, class Out>
+void rows_with_panel(const bf16* x, int rows, int64_t inputs, Panel panel, Out&& out) {
+    float sums[TILE * PANEL];
+    for (int first = 0; first < rows;) {
+        int left = rows - first;
+        int size = left >= 2 * TILE ? TILE : left > TILE ? (left + 1) / 2 : left;
+        bool is_first = first == 0, is_last = size == left;
+        int ahead = is_first ? AHEAD : is_last ? (int)(inputs / 2) : 0;
+        const bf16* at = x + first * inputs;
+        switch (size) {
+            case 1: tile<1>(at, inputs, panel, ahead, sums); break;
+            case 2: tile<2>(at, inputs, panel, ahead, sums); break;
+            case 3: tile<3>(at, inputs, panel, ahead, sums); break;
+            case 4: tile<4>(at, inputs, panel, ahead, sums); break;
+            case 5: tile<5>(at, inputs, panel, ahead, sums); break;
+            case 6: tile<6>(at, inputs, panel, ahead, sums); break;
+            case 7: tile<7>(at, inputs, panel, ahead, sums); break;
+            case 8: tile<8>(at, inputs, panel, ahead, sums); break;
+            case 9: tile<9>(at, inputs, panel, ahead, sums); break;
+            case 10: tile<10>(at, inputs, panel, ahead, sums); break;
+            case 11: tile<11>(at, inputs, panel, ahead, sums); break;
+            default: tile<12>(at, inputs, panel, ahead, sums); break;
+        }
+        for (int m = 0; m < size; m++)
+            out(first + m, _mm512_loadu_ps(sums + m * PANEL), _mm512_loadu_ps(sums + m * PANEL + 16));
+        first += size;
+    }
+}
+
+// Sums of rows of x (rows, inputs) with a panel of a weight, scaled: out(row, left, right).
+template <class Out>
+inline void multiply(const bf16* x, int rows, const Weight& w, int panel, Out&& out) {
+    size_t at = (size_t)panel * PANEL * w.inputs;
+    if (w.scale == nullptr) {
+        rows_with_panel(x, rows, w.inputs, HalfPanel{(const bf16*)w.panels + at}, out);
+        return;
+    }
+    __m512 a = _mm512_loadu_ps(w.scale + panel * PANEL), b = _mm512_loadu_ps(w.scale + panel * PANEL + 16);
+    rows_with_panel(x, rows, w.inputs, Int8Panel{(const int8_t*)w.panels + at}, [&](int m, __m512 left, __m512 right) {
+        out(m, _mm512_mul_ps(left, a), _mm512_mul_ps(right, b));
+    });
+}
+
+// What a thread of `threads` has to do of `count` tasks: [begin, end).
+struct Share {
+    int begin, end;
+    Share(int count, int thread, int threads)
+        : begin((int)((int64_t)count * thread / threads)), end((int)((int64_t)count * (thread + 1) / threads)) {}
+};
+
+// 16 outputs of a row, of which `count` exist: out = residual + alpha * sums, rounded once.
+inline void finish(bf16* out, const bf16* residual, float alpha, __m512 sums, int64_t count) {
+    if (count <= 0) return;
+    __mmask16 exist = count >= 16 ? (__mmask16)0xFFFF : (__mmask16)((1u << count) - 1);
+    if (residual != nullptr) {
+        __m512 before = widen(_mm256_maskz_loadu_epi16(exist, residual));
+        sums = _mm512_fmadd_ps(_mm512_set1_ps(alpha), sums, before);
+    }
+    _mm256_mask_storeu_epi16(out, exist, (__m256i)_mm512_cvtneps_pbh(sums));
+}
+
+// This thread's part of out (rows, outputs) = residual + alpha * x W^T; residual may be null, or out itself.
+inline void product(const bf16* x, int rows, const Weight& w, const bf16* residual, float alpha, bf16* out, int thread,
+                    int threads) {
+    int blocks = w.num_panels() >= 8 * threads ? 1 : std::max(1, rows / ROWS_EACH);
+    Share own(w.num_panels() * blocks, thread, threads);
+    for (int task = own.begin; task < own.end; task++) {
+        Share some(rows, task % blocks, blocks);
+        int64_t first = (int64_t)(task / blocks) * PANEL;
+        multiply(x + some.begin * w.inputs, some.end - some.begin, w, task / blocks, [&](int m, __m512 a, __m512 b) {
+            int64_t at = (some.begin + m) * w.outputs + first;
+            const bf16* before = residual == nullptr ? nullptr : residual + at;
+            finish(out + at, before, alpha, a, w.outputs - first);
+            finish(out + at + 16, before == nullptr ? nullptr : before + 16, alpha, b, w.outputs - first - 16);
+        });
+    }
+}
