@@ -106,11 +106,13 @@ class DecoderPool(ModelPool):
     refused elsewhere."""
 
     def num_held(self, num_routers: int) -> int:
-        """A router's share of the requests that run and wait in all replicas there may be. At least twice as many as
-        can run: by the rule of `omnilmm.tenancy.places` a tenant may be refused once two thirds are taken, which must
-        not leave a seat empty."""
+        """A router's share of the requests that run and wait in all replicas there may be. Twice an even share, for
+        requests do not spread evenly over routers. And at least twice as many as can run: by the rule of
+        `omnilmm.tenancy.places` a tenant may be refused once two thirds are taken, which must not leave a seat empty.
+        """
         held = min(self.max_sequences + self.max_waiting, self.max_ongoing_requests)
-        return self.autoscaling.max_replicas * max(2 * self.max_sequences, -(-held // num_routers))
+        share = min(held, -(-2 * held // num_routers))
+        return self.autoscaling.max_replicas * max(2 * self.max_sequences, share)
 
     def engine_config(self, max_context: int) -> EngineConfig:
         return EngineConfig(

@@ -219,10 +219,8 @@ async def test_another_scope_shares_nothing(house):
     assert sources(finished) == [ImageSource.ENCODED]
 
 
-async def test_simultaneous_requests_for_one_picture_share_the_flight(house):
-    house.encoder.gate.clear()
-    leader = asyncio.create_task(house.answer(ask(RED, "First")))
-    await house.encoder.entered.wait()
+def count_lookups(house):
+    """A semaphore that goes up by one for each picture looked up from now on."""
     lookup, looked_up = house.store.lookup, asyncio.Semaphore(0)
 
     async def counted(keys):
@@ -231,6 +229,14 @@ async def test_simultaneous_requests_for_one_picture_share_the_flight(house):
         return found
 
     house.store.lookup = counted
+    return looked_up
+
+
+async def test_simultaneous_requests_for_one_picture_share_the_flight(house):
+    house.encoder.gate.clear()
+    leader = asyncio.create_task(house.answer(ask(RED, "First")))
+    await house.encoder.entered.wait()
+    looked_up = count_lookups(house)
     followers = [asyncio.create_task(house.answer(ask(RED, f"Question {i}"))) for i in range(4)]
     for _ in followers:
         await looked_up.acquire()
@@ -687,8 +693,9 @@ async def test_those_who_wait_for_a_picture_that_is_not_kept_get_it_too(house):
     house.encoder.gate.clear()
     leader = asyncio.create_task(house.answer(ask(RED, "First", may_cache=False)))
     await house.encoder.entered.wait()
+    looked_up = count_lookups(house)
     follower = asyncio.create_task(house.answer(ask(RED, "Second")))
-    await until_waiting(2)
+    await looked_up.acquire()
     house.encoder.gate.set()
     (_, first), (_, second) = await asyncio.gather(leader, follower)
     assert len(house.encoder.calls) == 1

@@ -162,10 +162,11 @@ async def test_f16_a_killed_master_is_replaced_and_not_asked_when_it_returns(
     group.kill(one)
     started = time.monotonic()
     for _ in range(3):
-        assert await vectors(tier, OTHER) is None
-        assert not await tier.put(OTHER, embedding)
+        found, stored = await vectors(tier, OTHER), await tier.put(OTHER, embedding)
+        if group.master() == two:  # a busy machine: the other is master before we have looked three times
+            break
+        assert (found, stored, tier.is_down) == (None, False, True)
     assert time.monotonic() - started < 5.0
-    assert tier.is_down
     await soon(lambda: group.master() == two and group.role(two) == "master")
     await works(tier, clock, embedding)
     assert group.holds(two)
