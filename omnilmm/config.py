@@ -76,6 +76,10 @@ class EngineConfig(_Resolvable):
     `batch_beside_online` is how many tokens of class BATCH a step may compute beside those of class ONLINE: few, as
     everything in a step takes as long as all of it. Steps of BATCH alone take `max_step_tokens`.
 
+    `enough_step_tokens` is how many tokens of prompts a step of class ONLINE reads before it starts no further prompt:
+    where a step takes as long as its tokens are many, two prompts one after the other have their first tokens sooner,
+    on average, than both together. None means no such limit; `pipeline.start_engine` sets one on CPU.
+
     `attention` is "gathered" (any device), "paged" (CUDA) or "auto", which is paged on CUDA if blocks and heads allow
     it. `cuda_graphs` None means wherever attention is paged; true without it is refused.
     """
@@ -83,6 +87,7 @@ class EngineConfig(_Resolvable):
     num_blocks: int = 1024
     block_size: int = 16
     max_step_tokens: int = 512
+    enough_step_tokens: int | None = None
     batch_beside_online: int = 8
     max_sequences: int = 64
     max_waiting: int = 256

@@ -53,6 +53,8 @@ from omnilmm.prompt.template import load_template
 from omnilmm.retries import Deadline
 
 SEARCH_TIMEOUT_S = 300.0
+ENOUGH_ON_CPU = 64
+"""Tokens of prompts from which more of them in the same step are not computed any faster."""
 
 Progress = Callable[[int, int], None]
 """Told bytes loaded so far and in all."""
@@ -169,6 +171,8 @@ def start_engine(
     engine's threads stay on a core each: for a process whose main work this is.
     """
     shelf, pool = adapters or (None, None)
+    if config.enough_step_tokens is None and model.embedding.weight.device.type == "cpu":
+        config = config.resolve(enough_step_tokens=ENOUGH_ON_CPU)
     engine = Engine(apart(lambda: ModelRunner(model, config, adapters=pool, owns_cores=owns_cores)), config)
     loop = EngineLoop(engine, grammars=grammars, adapters=shelf, observer=observer)
     loop.start()

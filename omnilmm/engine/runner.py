@@ -58,7 +58,7 @@ class ModelRunner:
         self._graphs = backend.prepare(model, self._kv, config)
         self._native: NativeDecoder | None = None
         if model.kernels is not None and can_decode(model, self._kv.pool):
-            self._native = NativeDecoder(model, model.kernels, self._kv.pool)
+            self._native = NativeDecoder(model, model.kernels, self._kv.pool, adapters)
 
     @property
     def vocab_size(self) -> int:
@@ -134,23 +134,31 @@ class ModelRunner:
             for picture, rows in zip(row.pictures, vectors[row.sequence_id], strict=True):
                 begin = first + picture.offset
                 embeds[begin : begin + picture.count] = rows
-        if self._native is not None and all(row.num_tokens == 1 and row.ranks is None for row in batch.rows):
-            return self._decode(self._native, embeds, batch, should_yield)
+        if self._native is not None:
+            return self._run_native(self._native, embeds, batch, should_yield)
         attend = _yielding(self._attend_factory(batch, self._kv), should_yield)
         with self._acting(batch):
             return self._model(embeds, batch.positions, attend)[batch.lasts]
 
-    def _decode(self, native: NativeDecoder, embeds: Tensor, batch: Batch, should_yield: ShouldYield) -> Tensor:
-        """`_forward` for rows of one token each, none of which has an adapter."""
+    def _run_native(self, native: NativeDecoder, embeds: Tensor, batch: Batch, should_yield: ShouldYield) -> Tensor:
+        """`_forward` by our own kernels."""
         if len(batch.begun):
             self._kv.begin(batch.begun)
         rows = batch.rows
         block_ids = np.zeros((len(rows), max(len(row.block_ids) for row in rows)), dtype=np.int32)
         for line, row in zip(block_ids, rows, strict=True):
             line[: len(row.block_ids)] = row.block_ids
-        ends = np.array([row.end for row in rows], dtype=np.int32)
+        sequences = np.repeat(np.arange(len(rows), dtype=np.int32), [row.num_tokens for row in rows])
+        ends = batch.positions.numpy().astype(np.int32) + 1
+        ranks = None
+        if any(row.ranks is not None for row in rows):
+            pairs = [(0, 0) if row.ranks is None else (row.ranks.start, len(row.ranks)) for row in rows]
+            ranks = np.array(pairs, dtype=np.int32)[sequences]
         before_layer = None if should_yield is never else partial(_give_way, should_yield)
-        return native.decode(embeds, batch.positions, block_ids, ends, before_layer)
+        hidden = native.decode(
+            embeds, batch.positions, block_ids, ends, sequences=sequences, before_layer=before_layer, ranks=ranks
+        )
+        return hidden[batch.lasts]
 
     def _acting(self, batch: Batch) -> AbstractContextManager[None]:
         """The adapters of a step's rows at work; nothing at all where there are none."""

@@ -1,10 +1,11 @@
 """Who is paid in the next step.
 
-Every sequence owes tokens, and a step pays some of them within `max_step_tokens`. Decode and prefill are not modes:
-a sequence that owes one token is about to decode, one that owes many is prefilling. Per priority class, the order is
-decodes, then chunks of prompts that have begun, then sequences from the queue, fairest tenant first. ONLINE has all
-of its turn before BATCH has any, and pushes BATCH out where room is short. Beside ONLINE tokens BATCH gets a few a
-step; a step that is all BATCH is full, and is given up when somebody ONLINE comes.
+Every sequence owes tokens, and a step pays some of them within `max_step_tokens`. Decode and prefill are not modes: a
+sequence that owes one token is about to decode, one that owes many is prefilling. Per priority class, the order is
+decodes, then chunks of prompts that have begun, then sequences from the queue, fairest tenant first. Of ONLINE's none
+is started in a step that reads `enough_step_tokens` of prompts already: it would keep their first tokens waiting.
+ONLINE has all of its turn before BATCH has any, and pushes BATCH out where room is short. Beside ONLINE tokens BATCH
+gets a few a step; a step that is all BATCH is full, and is given up when somebody ONLINE comes.
 
 Something like it holds among ONLINE tenants too: prompts of one that is favoured, because it asks for well less than
 its share, are read in a step of their own, and the step under way when it comes is given up, at its cost.
@@ -42,7 +43,7 @@ class _Draft:
     def __init__(self, budget: int) -> None:
         self.budget = budget  # tokens the step may still compute
         self.filling: set[bytes] = set()  # digests of the blocks that the step will fill
-        self.reads_online = False  # whether an answer that somebody waits for is about to begin
+        self.num_online = 0  # tokens of prompts that somebody waits for
         self._rows: dict[int, Row] = {}
 
     def __contains__(self, sequence: Sequence) -> bool:
@@ -51,7 +52,8 @@ class _Draft:
     def pay(self, sequence: Sequence) -> None:
         """Compute as much of what the sequence owes as is ready and the budget allows."""
         row = sequence.row(min(sequence.num_payable, self.budget))
-        self.reads_online |= sequence.priority is Priority.ONLINE and sequence.num_owed > 1
+        if sequence.priority is Priority.ONLINE and sequence.num_owed > 1:
+            self.num_online += row.num_tokens
         self.filling.update(digest for _, digest in sequence.fills(row.num_tokens))
         self._rows[sequence.id] = row
         self.budget -= row.num_tokens
@@ -72,6 +74,7 @@ class Scheduler:
         self.num_preemptions = 0
         self._config = config
         self._clock = clock
+        self._enough = config.enough_step_tokens or config.max_step_tokens
         self._queues = {priority: FairQueue() for priority in Priority}
         self._running: dict[int, Sequence] = {}
         self._needs: list[Needs] = []  # found while choosing, for the plan being made
@@ -125,7 +128,7 @@ class Scheduler:
         draft = _Draft(self._config.max_step_tokens)
         may_start = True
         for priority in Priority:
-            if priority is Priority.BATCH and draft.reads_online:
+            if priority is Priority.BATCH and draft.num_online:
                 break  # what a batch adds to a step is added to the time to somebody's first token
             if priority is Priority.BATCH and draft.has_rows:
                 draft.budget = min(draft.budget, self._config.batch_beside_online)
@@ -212,7 +215,7 @@ class Scheduler:
     ) -> bool:
         """Start sequences of a class in turn, one of the tenant `first` before others. False if the next one found no
         room: then no lower class may start."""
-        while draft.budget:
+        while draft.budget and not (priority is Priority.ONLINE and draft.num_online >= self._enough):
             sequence = self._next_startable(priority, draft, first=first)
             first = None
             if sequence is None:

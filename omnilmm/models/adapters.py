@@ -78,6 +78,7 @@ class AdapterPool:
             hook = partial(self._add, len(self._layers))
             self._layers.append(Pairs.zero(example, names, [slots[name] for name in names], num_ranks))
             self._hooks.append(model.get_submodule(layer).register_forward_hook(hook))
+        self._names = {layer: index for index, layer in enumerate(fused)}
         self._packs = all(isinstance(model.get_submodule(layer), PackedLinear | NativeLinear) for layer in fused)
 
     @property
@@ -104,6 +105,10 @@ class AdapterPool:
                         up[rows].zero_()
         finally:
             self._num_writes += 1
+
+    def pairs_of(self, layer: str) -> Pairs:
+        """The rank rows of a fused layer ("layers.0.attention.qkv"), for a code that makes the products itself."""
+        return self._layers[self._names[layer]]
 
     @contextmanager
     def acting(self, runs: Sequence[TokenRun]) -> Iterator[None]:

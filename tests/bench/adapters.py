@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from profile_step import decode_plan
+from profile_step import plan_of
 
 from omnilmm.config import EngineConfig
 from omnilmm.engine.plan import Plan
@@ -76,7 +76,7 @@ def main() -> None:
         pool.write(range(index * args.rank, (index + 1) * args.rank), weights)
     engine = EngineConfig()
     runner = ModelRunner(model, engine, adapters=pool)
-    base = decode_plan(NUM_SEQUENCES, args.context, engine.block_size)
+    base = plan_of(NUM_SEQUENCES, args.context, engine.block_size)
     kinds = {"no adapter": 0, "one adapter": 1, f"{NUM_ADAPTERS} adapters": NUM_ADAPTERS}
     plans = {kind: with_adapters(base, args.rank, count) for kind, count in kinds.items()}
     seconds = medians(runner, plans, args.steps)

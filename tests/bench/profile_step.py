@@ -1,11 +1,11 @@
-"""Where the time of a decode step goes.
+"""Where the time of a step goes.
 
     python tests/bench/profile_step.py --model FOLDER [--threads 1] [--torch]
 
-Runs steps of 1, 4 and 16 sequences through the engine's own runner, without scheduler, server and Ray: first untouched,
-for the time of a step; then under torch's profiler, for the shares of its operators. One thread gives the clearest
-picture, and CPU time is counted, so what else runs on the machine matters little. Where our own kernels are used, they
-are two of the operators (a layer, and a product on its own); with --torch they are not.
+Runs prompts of 128 tokens and steps of 1, 4 and 16 sequences through the engine's own runner, without scheduler, server
+and Ray: first untouched, for the time of a step; then under torch's profiler, for the shares of its operators. One
+thread gives the clearest picture, and CPU time is counted, so what else runs on the machine matters little. Where our
+own kernels are used, they are two of the operators (a layer, and a product on its own); with --torch they are not.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from omnilmm.models.packed import can_use_kernels, prepare_for_decoding
 from omnilmm.models.weights import load_language_model
 
 NUM_STEPS = 20
+NUM_PROMPT_TOKENS = 128
 MAX_BLOCKS = 60
 KINDS: Mapping[str, tuple[str, ...]] = {
     "whole layers by our kernels": ("ours::layer",),
@@ -56,14 +57,14 @@ def recorded(name: str, call: Callable[..., None], *args: int) -> None:
         call(*args)
 
 
-def decode_plan(num_sequences: int, context: int, block_size: int) -> Plan:
-    """A step in which every sequence gets one token behind `context - 1` others."""
+def plan_of(num_sequences: int, context: int, block_size: int, *, num_tokens: int = 1) -> Plan:
+    """A step in which every sequence gets its last `num_tokens` of `context`."""
     num_blocks = -(-context // block_size)
     rows = [
         Row(
             sequence_id=index,
-            ids=(1000 + index,),
-            start=context - 1,
+            ids=tuple(range(1000 + index, 1000 + index + num_tokens)),
+            start=context - num_tokens,
             block_ids=tuple(range(index * MAX_BLOCKS, index * MAX_BLOCKS + num_blocks)),
             draw=Draw(Sampling(max_tokens=64), position=5),
         )
@@ -82,8 +83,14 @@ def step_seconds(runner: ModelRunner, plans: Sequence[Plan]) -> float:
     return statistics.median(seconds[5:])
 
 
+def print_prompt(runner: ModelRunner, num_sequences: int, block_size: int) -> None:
+    plan = plan_of(num_sequences, NUM_PROMPT_TOKENS, block_size, num_tokens=NUM_PROMPT_TOKENS)
+    seconds = step_seconds(runner, [plan] * 10)
+    print(f"{num_sequences} prompts of {NUM_PROMPT_TOKENS} tokens: {1e3 * seconds:.1f} ms of CPU time")
+
+
 def print_profile(runner: ModelRunner, num_sequences: int, context: int, block_size: int, num_rows: int) -> None:
-    plans = [decode_plan(num_sequences, context + step, block_size) for step in range(2 * NUM_STEPS + 5)]
+    plans = [plan_of(num_sequences, context + step, block_size) for step in range(2 * NUM_STEPS + 5)]
     plan = plans[NUM_STEPS + 5]
     seconds = step_seconds(runner, plans[: NUM_STEPS + 5])
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
@@ -128,6 +135,9 @@ def main() -> None:
         f"torch {torch.__version__}, {args.threads} threads, {args.dtype}, {weights} weights, {args.model.name}, "
         f"{'torch alone' if kernels is None else 'our kernels'}"
     )
+    print()
+    for num_sequences in (1, 4):
+        print_prompt(runner, num_sequences, engine.block_size)
     for num_sequences in (1, 4, 16):
         print_profile(runner, num_sequences, args.context, engine.block_size, args.rows)
 

@@ -1,4 +1,4 @@
-"""A runner whose model has kernels of our own: when it decodes by them, and that nothing else changes."""
+"""A runner whose model has kernels of our own: its tokens are torch's, and the same in any pieces and company."""
 
 from __future__ import annotations
 
@@ -70,13 +70,13 @@ def drawn(runner: ModelRunner, plan: Plan) -> list[int]:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows of every step that was decoded by the kernels."""
+    """Tokens of every step that was computed by the kernels."""
     made: list[int] = []
     decode = NativeDecoder.decode
 
-    def counted(self, embeds, *args):
+    def counted(self, embeds, *args, **options):
         made.append(len(embeds))
-        return decode(self, embeds, *args)
+        return decode(self, embeds, *args, **options)
 
     monkeypatch.setattr(NativeDecoder, "decode", counted)
     return made
@@ -85,28 +85,45 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_tokens_are_those_of_torch(kernels, calls):
     ours, theirs = make_runner(kernels), make_runner(None)
     pairs = list(zip(drawn(ours, prefill()), drawn(theirs, prefill()), strict=True))
-    assert calls == []  # chunks of prompts are torch's
+    assert calls == [sum(map(len, PROMPTS))]
     for number in range(20):
         pairs += zip(drawn(ours, step(number)), drawn(theirs, step(number)), strict=True)
-    assert calls == [3] * 20
+    assert calls[1:] == [3] * 20
     assert sum(a == b for a, b in pairs) >= 0.9 * len(pairs)  # bfloat16 has near-ties
     assert len({a for a, _ in pairs}) > 10
 
 
-def test_torch_goes_on_where_the_kernels_were(kernels, calls):
-    """Decodes beside a chunk are torch's; they read what the kernels wrote, and the other way round."""
+def test_decodes_beside_a_chunk_are_those_of_torch(kernels, calls):
     ours, theirs = make_runner(kernels), make_runner(None)
     for runner in (ours, theirs):
         runner.run(Plan(prefill().rows[:2]))
     pairs = []
     for number in range(12):
-        indices = (0, 1)
-        rows = step(number, indices=indices).rows
+        rows = step(number, indices=(0, 1)).rows
         if number % 3 == 2:  # somebody comes
             rows = (*rows, row(2, PROMPTS[2], 0))
         pairs += zip(drawn(ours, Plan(rows)), drawn(theirs, Plan(rows)), strict=True)
-    assert calls == [2] * 8
+    assert calls[1:] == [2, 2, 2 + len(PROMPTS[2])] * 4
     assert sum(a == b for a, b in pairs) >= 0.9 * len(pairs)
+
+
+@pytest.mark.parametrize("size", [1, 7, 16, 29])
+def test_a_prompt_in_pieces_leaves_the_same_behind(kernels, size):
+    """Bit for bit: its keys and values, and the scores of what comes next."""
+    ids = PROMPTS[1]
+    whole, pieces = make_runner(kernels), make_runner(kernels)
+    drawn(whole, prefill())
+    for start in range(0, len(ids), size):
+        drawn(pieces, Plan((row(1, ids[start : start + size], start),)))
+    own = list(row(1, ids, 0).block_ids)
+    kept = []
+    for runner in (whole, pieces):
+        drawn(runner, step(0, indices=(1,)))
+        # (layers, 2, heads, positions, head_dim)
+        positions = runner._kv.pool[:, own].permute(0, 2, 3, 1, 4, 5).flatten(3, 4)
+        kept.append(positions[..., : len(ids) + 1, :])
+    assert torch.equal(*kept)
+    assert (kept[0] != 0).any(dim=-1).all()
 
 
 def test_a_step_that_was_given_up_can_be_computed_anew(kernels, calls):
@@ -118,7 +135,7 @@ def test_a_step_that_was_given_up_can_be_computed_anew(kernels, calls):
         runner.run(step(0), lambda: next(asked))
     assert drawn(runner, step(0)) == drawn(undisturbed, step(0))
     assert drawn(runner, step(1)) == drawn(undisturbed, step(1))
-    assert calls == [3] * 5
+    assert calls[2:] == [3] * 5
 
 
 def test_alone_or_with_others_a_step_has_the_same_tokens(kernels):

@@ -26,6 +26,31 @@ def test_a_step_pays_no_more_than_its_budget():
     assert paid == [{0: 8, 1: 2}, {0: 1, 1: 6, 2: 3}, {0: 1, 1: 1, 2: 5}]
 
 
+def test_a_step_that_reads_enough_starts_no_further_prompt():
+    """One prompt after the other, the first ones do not wait for the last."""
+    driver, runner = paper_driver(max_step_tokens=40, enough_step_tokens=10)
+    for seed, length in enumerate((12, 4, 5, 6, 30)):
+        driver.submit(make_call(length, seed=seed))
+    paid = []
+    for _ in range(4):
+        driver.step()
+        paid.append(runner.last())
+    assert paid == [
+        {0: 12},
+        {0: 1, 1: 4, 2: 5, 3: 6},
+        {0: 1, 1: 1, 2: 1, 3: 1, 4: 30},
+        dict.fromkeys(range(5), 1),
+    ]
+
+
+def test_a_batch_reads_as_much_as_fits():
+    driver, runner = paper_driver(max_step_tokens=40, enough_step_tokens=10)
+    for seed in range(3):
+        driver.submit(make_call(12, seed=seed, **BATCH))
+    driver.step()
+    assert runner.last() == {0: 12, 1: 12, 2: 12}
+
+
 def test_decodes_come_before_chunks_of_prompts():
     driver, runner = paper_driver(max_step_tokens=4)
     driver.submit(make_call(30))

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,8 +16,10 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from omnilmm.models import native, packed
+from omnilmm.models.adapter_files import AdapterWeights, projection_slots
+from omnilmm.models.adapters import AdapterPool, TokenRun
 from omnilmm.models.attention import DenseAttend
-from omnilmm.models.config import LanguageConfig
+from omnilmm.models.config import LanguageConfig, ModelConfig, read_model_config
 from omnilmm.models.decoder import LanguageModel
 from omnilmm.models.native import Kernels, NativeLinear, try_kernels
 from omnilmm.models.native_decode import NativeDecoder, can_decode
@@ -36,6 +41,8 @@ CONFIG = LanguageConfig(
     dim_model_base=16,
 )
 ENDS = (1, 16, 17, 40, 33)
+RANKS = (range(5), None, range(8, 28), range(5), range(5, 8))
+"""Rank rows of the sequences' adapters: two have the same, one has none, one more than a vector holds."""
 
 
 @pytest.fixture(scope="module")
@@ -114,14 +121,40 @@ def test_infinity_and_nan_are_not_lost(kernels: Kernels) -> None:
 # -- decode steps -------------------------------------------------------------------------------------
 
 
+def make_adapters(model: LanguageModel, language: LanguageConfig) -> AdapterPool:
+    """Three adapters at RANKS, strong ones, and numbers that are none in all rows that are nobody's."""
+    folder = Path(__file__).parents[1] / "data" / "minicpm-v-tiny"
+    config: ModelConfig = replace(read_model_config(folder), language=language)
+    pool = AdapterPool(model, config, num_ranks=40)
+    shapes = {name: slot.shape for name, slot in projection_slots(config).items()}
+
+    def put(ranks: range, make) -> None:
+        pairs = {name: (make(len(ranks), into), make(len(ranks), out)) for name, (out, into) in shapes.items()}
+        pool.write(ranks, AdapterWeights("", len(ranks), pairs))
+
+    put(range(40), lambda *shape: torch.full(shape, math.nan, dtype=torch.bfloat16))
+    torch.manual_seed(9)
+    for ranks in sorted({ranks for ranks in RANKS if ranks is not None}, key=lambda ranks: ranks.start):
+        put(ranks, lambda *shape: random(*shape) / 4)
+    return pool
+
+
 class Steps:
     """Sequences of ENDS[i] tokens each, all but the last in the pool, in blocks that lie anywhere."""
 
-    def __init__(self, kernels: Kernels, config: LanguageConfig = CONFIG, weight_dtype: str | None = None) -> None:
+    def __init__(
+        self,
+        kernels: Kernels,
+        config: LanguageConfig = CONFIG,
+        weight_dtype: str | None = None,
+        *,
+        has_adapters: bool = False,
+    ) -> None:
         self.model = prepare_for_decoding(make_model(config), weight_dtype=weight_dtype, kernels=kernels)
         pool_shape = (config.num_layers, 40, 2, config.num_kv_heads, BLOCK, config.head_dim)
         self.pool = torch.full(pool_shape, math.nan, dtype=torch.bfloat16)  # of somebody else, not to be read
-        self.decoder = NativeDecoder(self.model, kernels, self.pool)
+        self.adapters = make_adapters(self.model, config) if has_adapters else None
+        self.decoder = NativeDecoder(self.model, kernels, self.pool, self.adapters)
         self.block_ids = np.random.default_rng(1).permutation(40).reshape(8, 5).astype(np.int32)
         self.wanted = torch.cat([self._fill(row, end) for row, end in enumerate(ENDS)])
 
@@ -131,7 +164,9 @@ class Steps:
     def _fill(self, row: int, end: int) -> Tensor:
         """Compute the sequence by torch, and put the past into the pool: what its last token becomes, (1, hidden)."""
         ids, dense = self._ids(row, end), DenseAttend(self.pool.shape[0])
-        hidden = self.model(self.model.embed(ids), torch.arange(end), dense)
+        runs = [TokenRun(0, end, RANKS[row])]
+        with nullcontext() if self.adapters is None else self.adapters.acting(runs):
+            hidden = self.model(self.model.embed(ids), torch.arange(end), dense)
         for position in range(end - 1):
             page = int(self.block_ids[row, position // BLOCK])
             for layer, (keys, values) in enumerate(zip(dense._keys, dense._values, strict=True)):
@@ -145,7 +180,12 @@ class Steps:
         ends = np.array([ENDS[row] for row in rows], dtype=np.int32)
         ids = torch.stack([self._ids(row, ENDS[row])[-1] for row in rows])
         positions = torch.from_numpy(ends).long() - 1
-        return self.decoder.decode(self.model.embed(ids), positions, self.block_ids[list(rows)], ends)
+        ranks = None
+        if self.adapters is not None:
+            own = [RANKS[row] or range(0) for row in rows]
+            ranks = np.array([(each.start, len(each)) for each in own], dtype=np.int32)
+        blocks = self.block_ids[list(rows)]
+        return self.decoder.decode(self.model.embed(ids), positions, blocks, ends, ranks=ranks)
 
 
 @pytest.mark.usefixtures("threads")
@@ -160,6 +200,29 @@ def test_a_step_is_what_torch_computes(kernels: Kernels, config: LanguageConfig,
     out = steps.decode(*range(len(ENDS)))
     assert out.dtype == torch.bfloat16
     assert_close(out.float(), steps.wanted.float(), rtol=0, atol=0.04 * steps.wanted.abs().max().item())
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize(
+    "config",
+    [CONFIG, replace(CONFIG, scale_depth=None), replace(CONFIG, num_kv_heads=6)],
+    ids=["three heads a key head", "no residual scale", "one"],
+)
+def test_every_sequence_has_its_own_adapter(kernels: Kernels, config: LanguageConfig) -> None:
+    steps = Steps(kernels, config, has_adapters=True)
+    out, bare = steps.decode(*range(len(ENDS))), Steps(kernels, config).wanted
+    assert_close(out.float(), steps.wanted.float(), rtol=0, atol=0.04 * steps.wanted.abs().max().item())
+    apart = (steps.wanted - bare).abs().amax(1) > 0.08 * bare.abs().max()
+    assert apart.tolist() == [ranks is not None for ranks in RANKS], "or the adapters prove nothing"
+
+
+def test_a_sequence_with_an_adapter_has_the_same_numbers_in_any_company(kernels: Kernels, threads: int) -> None:
+    steps = Steps(kernels, has_adapters=True)
+    together = steps.decode(*range(len(ENDS)))
+    assert torch.equal(together[1], Steps(kernels).decode(1)[0]), "beside adapters the model is as it was"
+    torch.set_num_threads(3 - threads)
+    for row in range(len(ENDS)):
+        assert torch.equal(steps.decode(row)[0], together[row])
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
@@ -208,8 +271,55 @@ def test_somebody_may_step_in_before_every_layer(kernels: Kernels) -> None:
 
     embeds, one = steps.model.embed(torch.tensor([1])), np.ones(1, dtype=np.int32)
     with pytest.raises(InterruptedError):
-        steps.decoder.decode(embeds, torch.tensor([0]), steps.block_ids[:1], one, second_time)
+        steps.decoder.decode(embeds, torch.tensor([0]), steps.block_ids[:1], one, before_layer=second_time)
     assert len(calls) == 2
+
+
+# -- chunks of prompts --------------------------------------------------------------------------------
+
+
+def chunks(steps: Steps, *parts: tuple[int, int, int]) -> Tensor:
+    """A step of parts (row, start, end), whose tokens are computed together."""
+    tokens = [(index, position) for index, (_, start, end) in enumerate(parts) for position in range(start, end)]
+    ids = torch.cat([steps._ids(row, end)[start:] for row, start, end in parts])
+    positions = torch.tensor([position for _, position in tokens])
+    blocks = steps.block_ids[[row for row, _, _ in parts]]
+    ends = positions.numpy().astype(np.int32) + 1
+    sequences = np.array([index for index, _ in tokens], dtype=np.int32)
+    ranks = None
+    if steps.adapters is not None:
+        own = [RANKS[row] or range(0) for row, _, _ in parts]
+        ranks = np.array([(each.start, len(each)) for each in own], dtype=np.int32)[sequences]
+    return steps.decoder.decode(steps.model.embed(ids), positions, blocks, ends, sequences=sequences, ranks=ranks)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize(("num_heads", "has_adapters"), [(2, False), (6, False), (10, False), (24, False), (6, True)])
+def test_a_chunk_is_what_torch_computes(kernels: Kernels, num_heads: int, has_adapters: bool) -> None:
+    steps = Steps(kernels, replace(CONFIG, num_heads=num_heads), has_adapters=has_adapters)
+    steps.pool.fill_(math.nan)
+    out = chunks(steps, (3, 0, ENDS[3]), (1, 0, ENDS[1]), (4, 0, ENDS[4]))
+    lasts = np.cumsum([ENDS[3], ENDS[1], ENDS[4]]) - 1
+    wanted = steps.wanted[[3, 1, 4]].float()
+    assert_close(out[lasts].float(), wanted, rtol=0, atol=0.04 * steps.wanted.abs().max().item())
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize(("num_heads", "has_adapters"), [(2, False), (6, False), (6, True)])
+def test_a_sequence_has_the_same_numbers_in_any_pieces(kernels: Kernels, num_heads: int, has_adapters: bool) -> None:
+    steps = Steps(kernels, replace(CONFIG, num_heads=num_heads), has_adapters=has_adapters)
+    steps.pool.fill_(math.nan)
+    whole = chunks(steps, (3, 0, 40))
+    after = steps.pool.clone()
+    for cuts in ((0, 1, 40), (0, 39, 40), (0, 7, 16, 17, 32, 40), tuple(range(41))):
+        steps.pool.fill_(math.nan)
+        pieces = []
+        for start, end in pairwise(cuts):
+            beside = [(4, 0, 20)] if start % 2 else []
+            pieces.append(chunks(steps, *beside, (3, start, end))[-(end - start) :])
+        assert torch.equal(torch.cat(pieces), whole)
+        own = steps.block_ids[3, :3]
+        assert torch.equal(steps.pool[:, own, ..., :8, :], after[:, own, ..., :8, :])
 
 
 # -- who gets them ------------------------------------------------------------------------------------

@@ -1,9 +1,13 @@
-// The products of a Llama-type decoder, and a whole layer of it for rows of one token each, with threads that meet a few
+// The products of a Llama-type decoder, and a whole layer of it for the tokens of a step, with threads that meet a few
 // times a layer. Plain C at its edge; memory is the caller's. `omnilmm/models/native.py` is the other side.
+//
+// A row is a token. Those of a sequence stand side by side, in order; a row reads its sequence up to itself, by the same
+// sums whether it came with others or alone.
 #include <omp.h>
 
 #include <cmath>
 
+#include "adapters.h"
 #include "attention.h"
 #include "matrix.h"
 
@@ -16,15 +20,19 @@ struct Layer {
     Weight qkv, out, gate_up, down;  // rows of qkv: query, key, value heads; of gate_up: gate, up
     const bf16 *attention_norm, *mlp_norm;
     bf16* pool;  // (blocks, 2, kv_heads, block_size, head_dim)
+    Pairs adapters[4];  // of qkv, out, gate_up, down
 };
 
 struct Step {
     int64_t rows;
     bf16* x;  // (rows, hidden): in, and out
     const bf16 *cos, *sin;  // (rows, head_dim), the first half of sin negative already
-    const int32_t *blocks, *ends;  // (rows, max_blocks), and how many positions there are, this one included
+    const int32_t* blocks;  // (sequences, max_blocks)
     int64_t max_blocks;
+    const int32_t *sequences, *ends;  // (rows,): a row's sequence, and how many positions it reads, its own included
     bf16 *normed, *qkv, *seen, *inner;  // room: (rows, hidden), (rows, all heads), (rows, query heads), (rows, mlp_width)
+    const Ranks* ranks;  // (rows,), of their adapters; null where no row has one
+    bf16* raised;  // room where there are ranks, (rows, 2 mlp_width): what adapters add to gate and up
 };
 
 static void norm(const Shape& shape, const bf16* x, const bf16* weight, bf16* out) {
@@ -43,6 +51,15 @@ static void norms(const Shape& shape, const Step& step, const bf16* weight, int 
     for (int m = own.begin; m < own.end; m++) norm(shape, step.x + m * shape.hidden, weight, step.normed + m * shape.hidden);
 }
 
+// What adapters add to a product: out (rows, columns) += alpha * theirs of x (rows, inputs). A thread has the rows that
+// `norms` gives it.
+static void adapt(const Pairs& pairs, const Step& step, const bf16* x, float alpha, bf16* out, int64_t columns, int thread,
+                  int threads) {
+    Share own((int)step.rows, thread, threads);
+    for (int m = own.begin; m < own.end; m++)
+        if (step.ranks[m].count) add_adapter(pairs, step.ranks[m], x + m * pairs.inputs, alpha, out + m * columns);
+}
+
 // Rotary: x cos + (x with its halves exchanged) sin, each rounded, as torch has it.
 static void rotate(const bf16* x, const bf16* cos, const bf16* sin, int64_t width, bf16* out) {
     for (int64_t i = 0; i < width / 2; i += 16) {
@@ -55,25 +72,53 @@ static void rotate(const bf16* x, const bf16* cos, const bf16* sin, int64_t widt
     }
 }
 
-// Heads that share a key head, of one row: turn them, write key and value to the pool, read.
-static void attend_heads(const Shape& shape, const Layer& layer, const Step& step, int64_t row, int64_t head) {
-    int64_t width = shape.head_dim, groups = shape.heads / shape.kv_heads;
-    const bf16 *cos = step.cos + row * width, *sin = step.sin + row * width;
-    bf16* heads = step.qkv + row * (shape.heads + 2 * shape.kv_heads) * width;
-    bf16 *q = heads + head * groups * width, *k = heads + (shape.heads + head) * width, *v = k + shape.kv_heads * width;
-    for (int64_t g = 0; g < groups; g++) rotate(q + g * width, cos, sin, width, q + g * width);
-    Pages pages{layer.pool, step.blocks + row * step.max_blocks, shape.kv_heads, shape.block_size, width};
-    int64_t end = step.ends[row];
-    rotate(k, cos, sin, width, const_cast<bf16*>(pages.at(end - 1, false, head)));
-    std::memcpy(const_cast<bf16*>(pages.at(end - 1, true, head)), v, width * sizeof(bf16));
-    bf16* seen = step.seen + (row * shape.heads + head * groups) * width;
-    attend(pages, head, q, (int)groups, end, 1.0f / std::sqrt((float)width), seen);
+// What a row has to do with a key head: the query heads that share it, its own key and value, and its sequence's pages.
+struct RowHead {
+    bf16 *q, *k, *v;  // in step.qkv
+    Pages pages;
+    int64_t row, head, groups, end;
+
+    RowHead(const Shape& shape, const Layer& layer, const Step& step, int64_t row, int64_t head)
+        : pages{layer.pool, step.blocks + step.sequences[row] * step.max_blocks, shape.kv_heads, shape.block_size,
+                shape.head_dim},
+          row(row), head(head), groups(shape.heads / shape.kv_heads), end(step.ends[row]) {
+        bf16* heads = step.qkv + row * (shape.heads + 2 * shape.kv_heads) * shape.head_dim;
+        q = heads + head * groups * shape.head_dim;
+        k = heads + (shape.heads + head) * shape.head_dim;
+        v = k + shape.kv_heads * shape.head_dim;
+    }
+};
+
+// Turn queries and key, and write key and value to the pool.
+static void place(const Shape& shape, const Step& step, const RowHead& own) {
+    int64_t width = shape.head_dim;
+    const bf16 *cos = step.cos + own.row * width, *sin = step.sin + own.row * width;
+    for (int64_t g = 0; g < own.groups; g++) rotate(own.q + g * width, cos, sin, width, own.q + g * width);
+    rotate(own.k, cos, sin, width, const_cast<bf16*>(own.pages.at(own.end - 1, false, own.head)));
+    std::memcpy(const_cast<bf16*>(own.pages.at(own.end - 1, true, own.head)), own.v, width * sizeof(bf16));
+}
+
+static void read(const Shape& shape, const Step& step, const RowHead& own) {
+    int64_t width = shape.head_dim;
+    bf16* seen = step.seen + (own.row * shape.heads + own.head * own.groups) * width;
+    attend(own.pages, own.head, own.q, (int)own.groups, own.end, 1.0f / std::sqrt((float)width), seen);
+}
+
+// Attention of this thread's share of rows and heads. All is written before anything is read. A later row reads more, so
+// every thread gets some of each.
+static void attend_all(const Shape& shape, const Layer& layer, const Step& step, int thread, int threads) {
+    int64_t count = step.rows * shape.kv_heads;
+    auto at = [&](int64_t task) { return RowHead(shape, layer, step, task / shape.kv_heads, task % shape.kv_heads); };
+    for (int64_t task = thread; task < count; task += threads) place(shape, step, at(task));
+#pragma omp barrier
+    for (int64_t task = thread; task < count; task += threads) read(shape, step, at(task));
 }
 
 // inner = silu(gate) * up, rounded where torch rounds. A thread has both panels of its outputs.
 static void gated(const Shape& shape, const Layer& layer, const Step& step, int thread, int threads) {
-    static thread_local std::vector<float> gates;  // (rows, PANEL)
-    gates.resize(step.rows * PANEL);
+    static thread_local std::vector<float> room;
+    room.resize(step.rows * PANEL);
+    float* gates = room.data();  // (rows, PANEL)
     int panels = (int)(shape.mlp_width / PANEL);
     Share own(panels, thread, threads);
     const __m512 one = _mm512_set1_ps(1.0f);
@@ -83,15 +128,22 @@ static void gated(const Shape& shape, const Layer& layer, const Step& step, int 
         __m512 top = _mm512_mask_mov_ps(one, below, size);
         return rounded(_mm512_mul_ps(x, _mm512_div_ps(top, _mm512_add_ps(one, size))));
     };
+    auto with_raised = [&](int m, int64_t column, __m512 x) {
+        if (step.ranks == nullptr || !step.ranks[m].count) return x;
+        return rounded(_mm512_add_ps(x, load(step.raised + m * 2 * shape.mlp_width + column)));
+    };
     for (int panel = own.begin; panel < own.end; panel++) {
-        multiply(step.normed, (int)step.rows, layer.gate_up, panel, [&](int m, __m512 a, __m512 b) {
-            _mm512_storeu_ps(&gates[m * PANEL], silu(rounded(a)));
-            _mm512_storeu_ps(&gates[m * PANEL + 16], silu(rounded(b)));
+        multiply(step.normed, (int)step.rows, layer.gate_up, panel, panels + panel, [&](int m, __m512 a, __m512 b) {
+            int64_t column = panel * PANEL;
+            _mm512_storeu_ps(gates + m * PANEL, silu(with_raised(m, column, rounded(a))));
+            _mm512_storeu_ps(gates + m * PANEL + 16, silu(with_raised(m, column + 16, rounded(b))));
         });
-        multiply(step.normed, (int)step.rows, layer.gate_up, panels + panel, [&](int m, __m512 a, __m512 b) {
+        multiply(step.normed, (int)step.rows, layer.gate_up, panels + panel, panel + 1, [&](int m, __m512 a, __m512 b) {
             bf16* out = step.inner + m * shape.mlp_width + panel * PANEL;
-            store(out, _mm512_mul_ps(_mm512_loadu_ps(&gates[m * PANEL]), rounded(a)));
-            store(out + 16, _mm512_mul_ps(_mm512_loadu_ps(&gates[m * PANEL + 16]), rounded(b)));
+            int64_t column = shape.mlp_width + panel * PANEL;
+            __m512 left = with_raised(m, column, rounded(a)), right = with_raised(m, column + 16, rounded(b));
+            store(out, _mm512_mul_ps(_mm512_loadu_ps(gates + m * PANEL), left));
+            store(out + 16, _mm512_mul_ps(_mm512_loadu_ps(gates + m * PANEL + 16), right));
         });
     }
 }
@@ -103,7 +155,7 @@ extern "C" void omnilmm_linear(const Weight* weight, const bf16* x, int64_t rows
     product(x, (int)rows, *weight, residual, 1.0f, out, omp_get_thread_num(), omp_get_num_threads());
 }
 
-// One layer over step.x, in place; the newest keys and values go to the pool.
+// One layer over step.x, in place; the keys and values of all rows go to the pool.
 extern "C" void omnilmm_layer(const Shape* shape_at, const Layer* layer_at, const Step* step_at, int num_threads) {
     const Shape& shape = *shape_at;
     const Layer& layer = *layer_at;
@@ -117,16 +169,29 @@ extern "C" void omnilmm_layer(const Shape* shape_at, const Layer* layer_at, cons
 #pragma omp barrier
         product(step.normed, rows, layer.qkv, nullptr, 1.0f, step.qkv, thread, threads);
 #pragma omp barrier
-        Share own((int)(rows * shape.kv_heads), thread, threads);
-        for (int task = own.begin; task < own.end; task++)
-            attend_heads(shape, layer, step, task / shape.kv_heads, task % shape.kv_heads);
+        if (step.ranks != nullptr) {
+            adapt(layer.adapters[0], step, step.normed, 1.0f, step.qkv, layer.qkv.outputs, thread, threads);
+#pragma omp barrier
+        }
+        attend_all(shape, layer, step, thread, threads);
 #pragma omp barrier
         product(step.seen, rows, layer.out, step.x, alpha, step.x, thread, threads);
 #pragma omp barrier
+        if (step.ranks != nullptr) adapt(layer.adapters[1], step, step.seen, alpha, step.x, shape.hidden, thread, threads);
         norms(shape, step, layer.mlp_norm, thread, threads);
+        if (step.ranks != nullptr) {
+            Share mine(rows, thread, threads);
+            int64_t width = 2 * shape.mlp_width;
+            std::memset(step.raised + mine.begin * width, 0, (mine.end - mine.begin) * width * sizeof(bf16));
+            adapt(layer.adapters[2], step, step.normed, 1.0f, step.raised, width, thread, threads);
+        }
 #pragma omp barrier
         gated(shape, layer, step, thread, threads);
 #pragma omp barrier
         product(step.inner, rows, layer.down, step.x, alpha, step.x, thread, threads);
+        if (step.ranks != nullptr) {
+#pragma omp barrier
+            adapt(layer.adapters[3], step, step.inner, alpha, step.x, shape.hidden, thread, threads);
+        }
     }
 }

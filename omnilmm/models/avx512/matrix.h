@@ -12,12 +12,13 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 using bf16 = uint16_t;
 
 constexpr int PANEL = 32;     // outputs
 constexpr int TILE = 12;      // rows whose sums are kept in registers: 24 of them, beside two for the weight
-constexpr int AHEAD = 64;     // pairs of inputs by which reading from memory runs ahead: 8 KB of bfloat16
+constexpr int AHEAD = 8192;   // bytes of a panel by which reading from memory runs ahead
 constexpr int ROWS_EACH = 48; // rows of a task, where there are too few panels for the threads
 
 inline __m512 widen(__m256i x) {
@@ -35,6 +36,7 @@ inline __m512bh both(const bf16* pair) {
 
 struct HalfPanel {
     const bf16* at;
+    static constexpr int STRIDE = 2 * PANEL * sizeof(bf16);  // bytes of a pair of inputs
 
     void read(int k, __m512bh& left, __m512bh& right) const {
         left = (__m512bh)_mm512_loadu_si512(at + (size_t)k * 2 * PANEL);
@@ -48,6 +50,7 @@ struct HalfPanel {
 
 struct Int8Panel {
     const int8_t* at;
+    static constexpr int STRIDE = 2 * PANEL;
 
     static __m512bh exact(const int8_t* p) {  // 8 bits fit into bfloat16's
         __m256i x = _mm256_loadu_si256((const __m256i*)p);
@@ -73,15 +76,21 @@ struct Weight {
 };
 
 // Sums of ROWS rows of x with one panel, (ROWS, PANEL). Every loop over rows is unrolled, or the sums would live in memory.
+// Reading runs `ahead` pairs of inputs ahead, at the end of the panel into `next`.
 template <int ROWS, class Panel>
-inline void tile(const bf16* x, int64_t inputs, Panel panel, int ahead, float* sums) {
+inline void tile(const bf16* x, int64_t inputs, Panel panel, Panel next, int ahead, float* sums) {
     __m512 left[ROWS], right[ROWS];
 #pragma GCC unroll 12
     for (int m = 0; m < ROWS; m++) left[m] = right[m] = _mm512_setzero_ps();
-    for (int k = 0; k < inputs / 2; k++) {
+    int pairs = (int)(inputs / 2);
+    for (int k = 0; k < pairs; k++) {
         __m512bh a, b;
         panel.read(k, a, b);
-        panel.fetch(k + ahead);
+        int later = k + ahead;
+        if (later < pairs)
+            panel.fetch(later);
+        else
+            next.fetch(later - pairs);
 #pragma GCC unroll 12
         for (int m = 0; m < ROWS; m++) {
             __m512bh pair = both(x + m * inputs + 2 * k);
@@ -96,29 +105,30 @@ inline void tile(const bf16* x, int64_t inputs, Panel panel, int ahead, float* s
     }
 }
 
-// The same for any number of rows: out(row, left, right) gets them. What is read ahead: this panel while it comes from memory, the next one after that.
+// The same for any number of rows: out(row, left, right) gets them. What is read ahead: this panel while it comes from
+// memory, and with the last rows `next`, the one that comes after it.
 template <class Panel, class Out>
-void rows_with_panel(const bf16* x, int rows, int64_t inputs, Panel panel, Out&& out) {
+void rows_with_panel(const bf16* x, int rows, int64_t inputs, Panel panel, Panel next, Out&& out) {
     float sums[TILE * PANEL];
     for (int first = 0; first < rows;) {
         int left = rows - first;
         int size = left >= 2 * TILE ? TILE : left > TILE ? (left + 1) / 2 : left;
         bool is_first = first == 0, is_last = size == left;
-        int ahead = is_first ? AHEAD : is_last ? (int)(inputs / 2) : 0;
+        int ahead = is_first ? std::min(AHEAD / Panel::STRIDE, (int)(inputs / 2)) : is_last ? (int)(inputs / 2) : 0;
         const bf16* at = x + first * inputs;
         switch (size) {
-            case 1: tile<1>(at, inputs, panel, ahead, sums); break;
-            case 2: tile<2>(at, inputs, panel, ahead, sums); break;
-            case 3: tile<3>(at, inputs, panel, ahead, sums); break;
-            case 4: tile<4>(at, inputs, panel, ahead, sums); break;
-            case 5: tile<5>(at, inputs, panel, ahead, sums); break;
-            case 6: tile<6>(at, inputs, panel, ahead, sums); break;
-            case 7: tile<7>(at, inputs, panel, ahead, sums); break;
-            case 8: tile<8>(at, inputs, panel, ahead, sums); break;
-            case 9: tile<9>(at, inputs, panel, ahead, sums); break;
-            case 10: tile<10>(at, inputs, panel, ahead, sums); break;
-            case 11: tile<11>(at, inputs, panel, ahead, sums); break;
-            default: tile<12>(at, inputs, panel, ahead, sums); break;
+            case 1: tile<1>(at, inputs, panel, next, ahead, sums); break;
+            case 2: tile<2>(at, inputs, panel, next, ahead, sums); break;
+            case 3: tile<3>(at, inputs, panel, next, ahead, sums); break;
+            case 4: tile<4>(at, inputs, panel, next, ahead, sums); break;
+            case 5: tile<5>(at, inputs, panel, next, ahead, sums); break;
+            case 6: tile<6>(at, inputs, panel, next, ahead, sums); break;
+            case 7: tile<7>(at, inputs, panel, next, ahead, sums); break;
+            case 8: tile<8>(at, inputs, panel, next, ahead, sums); break;
+            case 9: tile<9>(at, inputs, panel, next, ahead, sums); break;
+            case 10: tile<10>(at, inputs, panel, next, ahead, sums); break;
+            case 11: tile<11>(at, inputs, panel, next, ahead, sums); break;
+            default: tile<12>(at, inputs, panel, next, ahead, sums); break;
         }
         for (int m = 0; m < size; m++)
             out(first + m, _mm512_loadu_ps(sums + m * PANEL), _mm512_loadu_ps(sums + m * PANEL + 16));
@@ -126,18 +136,40 @@ void rows_with_panel(const bf16* x, int rows, int64_t inputs, Panel panel, Out&&
     }
 }
 
-// Sums of rows of x (rows, inputs) with a panel of a weight, scaled: out(row, left, right).
+// A panel of 8-bit integers as bfloat16: for rows of more than two tiles. Good until the next one of this thread.
+inline const bf16* widened(const int8_t* panel, const int8_t* next, int64_t inputs) {
+    static thread_local std::vector<bf16> room;
+    room.resize(inputs * PANEL);
+    bf16* to = room.data();
+    Int8Panel from{panel}, after{next};
+    for (int k = 0; k < inputs / 2; k++) {
+        __m512bh left, right;
+        from.read(k, left, right);
+        after.fetch(k);
+        _mm512_storeu_si512(to + (size_t)k * 2 * PANEL, (__m512i)left);
+        _mm512_storeu_si512(to + (size_t)k * 2 * PANEL + PANEL, (__m512i)right);
+    }
+    return to;
+}
+
+// Sums of rows of x (rows, inputs) with a panel of a weight, scaled: out(row, left, right). The panel `next` comes after it.
 template <class Out>
-inline void multiply(const bf16* x, int rows, const Weight& w, int panel, Out&& out) {
-    size_t at = (size_t)panel * PANEL * w.inputs;
+inline void multiply(const bf16* x, int rows, const Weight& w, int panel, int next, Out&& out) {
+    size_t at = (size_t)panel * PANEL * w.inputs, then = (size_t)next * PANEL * w.inputs;
     if (w.scale == nullptr) {
-        rows_with_panel(x, rows, w.inputs, HalfPanel{(const bf16*)w.panels + at}, out);
+        auto half = (const bf16*)w.panels;
+        rows_with_panel(x, rows, w.inputs, HalfPanel{half + at}, HalfPanel{half + then}, out);
         return;
     }
+    auto levels = (const int8_t*)w.panels;
     __m512 a = _mm512_loadu_ps(w.scale + panel * PANEL), b = _mm512_loadu_ps(w.scale + panel * PANEL + 16);
-    rows_with_panel(x, rows, w.inputs, Int8Panel{(const int8_t*)w.panels + at}, [&](int m, __m512 left, __m512 right) {
-        out(m, _mm512_mul_ps(left, a), _mm512_mul_ps(right, b));
-    });
+    auto scaled = [&](int m, __m512 left, __m512 right) { out(m, _mm512_mul_ps(left, a), _mm512_mul_ps(right, b)); };
+    if (rows > 2 * TILE) {
+        const bf16* wide = widened(levels + at, levels + then, w.inputs);
+        rows_with_panel(x, rows, w.inputs, HalfPanel{wide}, HalfPanel{wide}, scaled);
+        return;
+    }
+    rows_with_panel(x, rows, w.inputs, Int8Panel{levels + at}, Int8Panel{levels + then}, scaled);
 }
 
 // What a thread of `threads` has to do of `count` tasks: [begin, end).
@@ -166,7 +198,9 @@ inline void product(const bf16* x, int rows, const Weight& w, const bf16* residu
     for (int task = own.begin; task < own.end; task++) {
         Share some(rows, task % blocks, blocks);
         int64_t first = (int64_t)(task / blocks) * PANEL;
-        multiply(x + some.begin * w.inputs, some.end - some.begin, w, task / blocks, [&](int m, __m512 a, __m512 b) {
+        const bf16* from = x + some.begin * w.inputs;
+        int panel = task / blocks, next = (task + 1) / blocks;
+        multiply(from, some.end - some.begin, w, panel, next, [&](int m, __m512 a, __m512 b) {
             int64_t at = (some.begin + m) * w.outputs + first;
             const bf16* before = residual == nullptr ? nullptr : residual + at;
             finish(out + at, before, alpha, a, w.outputs - first);
