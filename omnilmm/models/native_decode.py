@@ -70,8 +70,10 @@ class CStep(ctypes.Structure):
         ("max_blocks", ctypes.c_int64),
         *(
             (name, ctypes.c_void_p)
-            for name in ("sequences", "ends", "normed", "qkv", "seen", "inner", "ranks", "raised")
+            for name in ("sequences", "ends", "normed", "qkv", "seen", "inner", "ranks", "adapted")
         ),
+        ("num_adapted", ctypes.c_int64),
+        ("raised", ctypes.c_void_p),
     )
 
 
@@ -151,9 +153,12 @@ class NativeDecoder:
         needed = num_rows * sum(self._widths)
         if len(self._room) < needed:
             self._room = self._pool.new_empty(needed)
+        adapted = np.empty(0, dtype=np.int32)
         if ranks is not None:
             assert self._adapters is not None, "rows with an adapter, and no pool to find it in"
             ranks = np.ascontiguousarray(ranks)
+            order = np.argsort(ranks[:, 0], kind="stable")
+            adapted = order[ranks[order, 1] > 0].astype(np.int32)
         starts = [0, *np.cumsum(self._widths[:-1])]
         *room, raised = (self._room.data_ptr() + int(num_rows * start * self._room.itemsize) for start in starts)
         step = CStep(
@@ -167,6 +172,8 @@ class NativeDecoder:
             ends.ctypes.data,
             *room,
             None if ranks is None else ranks.ctypes.data,
+            adapted.ctypes.data,
+            len(adapted),
             raised,
         )
         shape_at, step_at = ctypes.addressof(self._shape), ctypes.addressof(step)

@@ -41,32 +41,49 @@ inline float dot(const bf16* a, const bf16* b, int64_t count) {
     return _mm512_reduce_add_ps(_mm512_add_ps(even, odd));
 }
 
+// sums (outputs) += what RANKS rank rows make of their numbers, read as so many streams side by side.
+template <int RANKS>
+inline void raise(const bf16* up, const float* low, int64_t outputs, float* sums) {
+    for (int64_t i = 0; i < outputs; i += 32) {
+        __mmask32 exist = outputs - i >= 32 ? 0xFFFFFFFFu : (1u << (outputs - i)) - 1;
+        __m512 a = _mm512_loadu_ps(sums + i), b = _mm512_loadu_ps(sums + i + 16);
+#pragma GCC unroll 4
+        for (int r = 0; r < RANKS; r++) {
+            __m512i numbers = _mm512_maskz_loadu_epi16(exist, up + r * outputs + i);
+            __m512 factor = _mm512_set1_ps(low[r]);
+            a = _mm512_fmadd_ps(factor, widen(_mm512_castsi512_si256(numbers)), a);
+            b = _mm512_fmadd_ps(factor, widen(_mm512_extracti64x4_epi64(numbers, 1)), b);
+        }
+        _mm512_storeu_ps(sums + i, a);
+        _mm512_storeu_ps(sums + i + 16, b);
+    }
+}
+
 // out (columns of the fused layer) += alpha * what the rank rows make of x (inputs).
 inline void add_adapter(const Pairs& layer, Ranks ranks, const bf16* x, float alpha, bf16* out) {
-    static thread_local std::vector<float> low;
-    low.resize((ranks.count + 15) / 16 * 16);
+    static thread_local std::vector<float> room;
+    int64_t width = (ranks.count + 15) / 16 * 16;
+    room.assign(layer.projections * width, 0.0f);
+    const bf16* down = layer.down + ranks.first * layer.projections * layer.inputs;
+    for (int r = 0; r < ranks.count; r++)  // as they lie in memory
+        for (int64_t p = 0; p < layer.projections; p++, down += layer.inputs) room[p * width + r] = dot(x, down, layer.inputs);
+    for (int64_t i = 0; i < layer.projections * width; i += 16) _mm512_storeu_ps(&room[i], rounded(_mm512_loadu_ps(&room[i])));
+    static thread_local std::vector<float> sums;
     for (int64_t p = 0; p < layer.projections; p++) {
         const Pair& pair = layer.pairs[p];
-        for (int r = 0; r < ranks.count; r++)
-            low[r] = dot(x, layer.down + ((ranks.first + r) * layer.projections + p) * layer.inputs, layer.inputs);
-        for (int r = 0; r < ranks.count; r += 16) _mm512_storeu_ps(&low[r], rounded(_mm512_loadu_ps(&low[r])));
         const bf16* up = pair.up + ranks.first * pair.outputs;
-        for (int64_t i = 0; i < pair.outputs; i += 32) {
+        const float* low = &room[p * width];
+        sums.assign((pair.outputs + 31) / 32 * 32, 0.0f);
+        int r = 0;
+        for (; r + 4 <= ranks.count; r += 4) raise<4>(up + r * pair.outputs, low + r, pair.outputs, sums.data());
+        for (; r < ranks.count; r++) raise<1>(up + r * pair.outputs, low + r, pair.outputs, sums.data());
+        for (int64_t i = 0; i < pair.outputs; i += 16) {
             int64_t left = pair.outputs - i;
-            __mmask32 exist = left >= 32 ? 0xFFFFFFFFu : (1u << left) - 1;
-            __m512 a = _mm512_setzero_ps(), b = _mm512_setzero_ps();
-            for (int r = 0; r < ranks.count; r++) {
-                __m512i both_halves = _mm512_maskz_loadu_epi16(exist, up + r * pair.outputs + i);
-                __m512 factor = _mm512_set1_ps(low[r]);
-                a = _mm512_fmadd_ps(factor, widen(_mm512_castsi512_si256(both_halves)), a);
-                b = _mm512_fmadd_ps(factor, widen(_mm512_extracti64x4_epi64(both_halves, 1)), b);
-            }
+            __mmask16 exist = left >= 16 ? (__mmask16)0xFFFF : (__mmask16)((1u << left) - 1);
             bf16* at = out + pair.first + i;
-            __m512 scale = _mm512_set1_ps(alpha);
-            __m512i before = _mm512_maskz_loadu_epi16(exist, at);
-            a = _mm512_add_ps(widen(_mm512_castsi512_si256(before)), rounded(_mm512_mul_ps(scale, a)));
-            b = _mm512_add_ps(widen(_mm512_extracti64x4_epi64(before, 1)), rounded(_mm512_mul_ps(scale, b)));
-            _mm512_mask_storeu_epi16(at, exist, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+            __m512 added = rounded(_mm512_mul_ps(_mm512_set1_ps(alpha), _mm512_loadu_ps(&sums[i])));
+            __m512 total = _mm512_add_ps(widen(_mm256_maskz_loadu_epi16(exist, at)), added);
+            _mm256_mask_storeu_epi16(at, exist, (__m256i)_mm512_cvtneps_pbh(total));
         }
     }
 }

@@ -32,6 +32,8 @@ struct Step {
     const int32_t *sequences, *ends;  // (rows,): a row's sequence, and how many positions it reads, its own included
     bf16 *normed, *qkv, *seen, *inner;  // room: (rows, hidden), (rows, all heads), (rows, query heads), (rows, mlp_width)
     const Ranks* ranks;  // (rows,), of their adapters; null where no row has one
+    const int32_t* adapted;  // (num_adapted,): which rows have an adapter, those with the same one side by side
+    int64_t num_adapted;
     bf16* raised;  // room where there are ranks, (rows, 2 mlp_width): what adapters add to gate and up
 };
 
@@ -51,13 +53,16 @@ static void norms(const Shape& shape, const Step& step, const bf16* weight, int 
     for (int m = own.begin; m < own.end; m++) norm(shape, step.x + m * shape.hidden, weight, step.normed + m * shape.hidden);
 }
 
-// What adapters add to a product: out (rows, columns) += alpha * theirs of x (rows, inputs). A thread has the rows that
-// `norms` gives it.
-static void adapt(const Pairs& pairs, const Step& step, const bf16* x, float alpha, bf16* out, int64_t columns, int thread,
-                  int threads) {
-    Share own((int)step.rows, thread, threads);
-    for (int m = own.begin; m < own.end; m++)
-        if (step.ranks[m].count) add_adapter(pairs, step.ranks[m], x + m * pairs.inputs, alpha, out + m * columns);
+// What adapters add to a product: out (rows, columns) += alpha * theirs of x (rows, inputs). A thread takes neighbours in
+// `adapted`: a pair that was read for one row is near for the next. `is_new`: out is nothing yet.
+static void adapt(const Pairs& pairs, const Step& step, const bf16* x, float alpha, bf16* out, int64_t columns, bool is_new,
+                  int thread, int threads) {
+    Share own((int)step.num_adapted, thread, threads);
+    for (int i = own.begin; i < own.end; i++) {
+        int64_t m = step.adapted[i];
+        if (is_new) std::memset(out + m * columns, 0, columns * sizeof(bf16));
+        add_adapter(pairs, step.ranks[m], x + m * pairs.inputs, alpha, out + m * columns);
+    }
 }
 
 // Rotary: x cos + (x with its halves exchanged) sin, each rounded, as torch has it.
@@ -170,20 +175,21 @@ extern "C" void omnilmm_layer(const Shape* shape_at, const Layer* layer_at, cons
         product(step.normed, rows, layer.qkv, nullptr, 1.0f, step.qkv, thread, threads);
 #pragma omp barrier
         if (step.ranks != nullptr) {
-            adapt(layer.adapters[0], step, step.normed, 1.0f, step.qkv, layer.qkv.outputs, thread, threads);
+            adapt(layer.adapters[0], step, step.normed, 1.0f, step.qkv, layer.qkv.outputs, false, thread, threads);
 #pragma omp barrier
         }
         attend_all(shape, layer, step, thread, threads);
 #pragma omp barrier
         product(step.seen, rows, layer.out, step.x, alpha, step.x, thread, threads);
 #pragma omp barrier
-        if (step.ranks != nullptr) adapt(layer.adapters[1], step, step.seen, alpha, step.x, shape.hidden, thread, threads);
+        if (step.ranks != nullptr) {
+            adapt(layer.adapters[1], step, step.seen, alpha, step.x, shape.hidden, false, thread, threads);
+#pragma omp barrier
+        }
         norms(shape, step, layer.mlp_norm, thread, threads);
         if (step.ranks != nullptr) {
-            Share mine(rows, thread, threads);
-            int64_t width = 2 * shape.mlp_width;
-            std::memset(step.raised + mine.begin * width, 0, (mine.end - mine.begin) * width * sizeof(bf16));
-            adapt(layer.adapters[2], step, step.normed, 1.0f, step.raised, width, thread, threads);
+#pragma omp barrier
+            adapt(layer.adapters[2], step, step.normed, 1.0f, step.raised, 2 * shape.mlp_width, true, thread, threads);
         }
 #pragma omp barrier
         gated(shape, layer, step, thread, threads);
@@ -191,7 +197,7 @@ extern "C" void omnilmm_layer(const Shape* shape_at, const Layer* layer_at, cons
         product(step.inner, rows, layer.down, step.x, alpha, step.x, thread, threads);
         if (step.ranks != nullptr) {
 #pragma omp barrier
-            adapt(layer.adapters[3], step, step.inner, alpha, step.x, shape.hidden, thread, threads);
+            adapt(layer.adapters[3], step, step.inner, alpha, step.x, shape.hidden, false, thread, threads);
         }
     }
 }

@@ -1,7 +1,7 @@
 """What int8 and fp8 do to the answers: vectors, first-token probabilities and greedy answers, against exact ones.
 
-    python tests/bench/encodings.py [--model NAME=FOLDER ...] [--pictures FOLDER ...] [--write docs/cache.md]
-    python tests/bench/encodings.py --model NAME=FOLDER --pictures FOLDER --question TEXT ...
+    python tests/bench/encoding_loss.py [--model NAME=FOLDER ...] [--pictures FOLDER ...] [--write docs/cache.md]
+    python tests/bench/encoding_loss.py --model NAME=FOLDER --pictures FOLDER --question TEXT ...
 
 Every picture is asked every question of the reference, or those given (then answers end where the model ends them), in
 float32, with the vectors as they are and as they come out of each encoding. Rounding the vectors to bfloat16 is the
