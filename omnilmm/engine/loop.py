@@ -57,7 +57,7 @@ class EngineLoop:
         observer: Observer | None = None,
         clock: Clock = time,
         flush_interval_s: float = 0.03,
-        max_batch_tokens: int = 8,
+        max_batch_tokens: int = 16,
     ) -> None:
         self._engine = engine
         self._grammars = grammars

@@ -1,6 +1,6 @@
 """The reader's end of a sequence: tokens gather here until somebody pulls them.
 
-A hop through the cluster costs the same for one token as for eight, so batches are as large as the reader's own pace
+A hop through the cluster costs the same for one token as for sixteen, so batches are as large as the reader's own pace
 makes them: the first token leaves at once, and afterwards a pull takes all that gathered since the last one, after
 waiting until a flush interval has passed since then or `max_batch_tokens` are there. The more streams there are, the
 longer the interval.

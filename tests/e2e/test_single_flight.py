@@ -38,6 +38,7 @@ def twins(cluster, data, server):
     """The prefix of an application with two routers, two vision replicas and two tenants."""
     pair = {"autoscaling": {"min_replicas": 2, "max_replicas": 2}}
     model = model_settings(data, "omnilmm-3b") | {"vision": pair}
+    model["decoder"] |= {"max_waiting": 1024}  # of one tenant's 200 at once none is refused
     args = {
         "models": [model],
         "router": pair,
