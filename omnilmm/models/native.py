@@ -27,7 +27,7 @@ PANEL: Final = 32
 """Outputs of a weight that lie together."""
 
 COMPILERS: Final = ("g++", "c++")
-FLAGS: Final = ("-std=c++17", "-O3", "-fPIC", "-mfma", *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "bf16")))
+FLAGS: Final = ("-std=c++17", "-O3", "-fPIC", "-mfma", *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "bf16", "vbmi")))
 COMPILE_S: Final = 60.0
 
 
@@ -61,7 +61,8 @@ class Kernels:
 
 def can_compute() -> bool:
     """Whether this CPU has the instructions."""
-    return bool(torch.cpu._is_avx512_bf16_supported())
+    has = torch.cpu.get_capabilities()
+    return bool(has.get("avx512_bf16") and has.get("avx512_vbmi"))
 
 
 def try_kernels() -> Kernels | None:
@@ -84,10 +85,16 @@ def _run(*command: str) -> None:
     subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_S)  # noqa: S603 - our own command
 
 
+def _signs_and_magnitudes(panels: Tensor) -> Tensor:
+    """Integers (panels, pairs, PANEL, 2), int8, as avx512/matrix.h reads them: bytes of the same shape."""
+    bits = panels.abs().view(torch.uint8) | (panels < 0).to(torch.uint8) << 7
+    return bits.view(*panels.shape[:2], 2, 4, 8).transpose(2, 3).contiguous().view(panels.shape)
+
+
 class NativeLinear(nn.Module):
     """x W^T for bfloat16 x, W (out, in) being bfloat16 or 8-bit integers with a scale (out,). `in` is even.
 
-    8-bit integers are exact in bfloat16, and the sums are scaled in float32.
+    8-bit integers are exact in bfloat16, and the sums are scaled in float32. None of them is -128.
     """
 
     def __init__(self, kernels: Kernels, weight: Tensor, scale: Tensor | None = None) -> None:
@@ -96,7 +103,8 @@ class NativeLinear(nn.Module):
         missing = -num_outputs % PANEL
         padded = functional.pad(weight, (0, 0, 0, missing))
         # (panels, pairs of inputs, PANEL, 2)
-        self._panels = padded.view(-1, PANEL, num_inputs // 2, 2).transpose(1, 2).contiguous()
+        panels = padded.view(-1, PANEL, num_inputs // 2, 2).transpose(1, 2).contiguous()
+        self._panels = panels if scale is None else _signs_and_magnitudes(panels)
         self._scale = None if scale is None else functional.pad(scale.float(), (0, missing)).contiguous()
         self.c_weight = CWeight(
             self._panels.data_ptr(), 0 if self._scale is None else self._scale.data_ptr(), num_outputs, num_inputs

@@ -48,19 +48,32 @@ struct HalfPanel {
     }
 };
 
+// Sign and magnitude, in such an order that bytes spread out to words within their quarters of a vector: at 16 j + 8 h + i
+// lies word 8 j + i of the left vector (h = 0) or the right one (h = 1).
 struct Int8Panel {
     const int8_t* at;
     static constexpr int STRIDE = 2 * PANEL;
 
-    static __m512bh exact(const int8_t* p) {  // 8 bits fit into bfloat16's
-        __m256i x = _mm256_loadu_si256((const __m256i*)p);
-        __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_castsi256_si128(x)));
-        __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm256_extracti128_si256(x, 1)));
-        return _mm512_cvtne2ps_pbh(high, low);
-    }
-    void read(int k, __m512bh& left, __m512bh& right) const {
-        left = exact(at + (size_t)k * 2 * PANEL);
-        right = exact(at + (size_t)k * 2 * PANEL + PANEL);
+    struct Table {  // both bytes of the bfloat16 of 0 to 127
+        alignas(64) uint8_t low[128], high[128];
+        Table() {
+            for (int i = 0; i < 128; i++) {
+                float number = (float)i;
+                uint32_t bits;
+                std::memcpy(&bits, &number, sizeof bits);
+                low[i] = (uint8_t)(bits >> 16), high[i] = (uint8_t)(bits >> 24);
+            }
+        }
+    };
+    static inline const Table table;
+
+    void read(int k, __m512bh& left, __m512bh& right) const {  // exact: 8 bits fit into bfloat16's
+        __m512i x = _mm512_loadu_si512(at + (size_t)k * 2 * PANEL);  // a permutation looks at its lower 7 bits
+        __m512i low = _mm512_permutex2var_epi8(_mm512_load_si512(table.low), x, _mm512_load_si512(table.low + 64));
+        __m512i high = _mm512_permutex2var_epi8(_mm512_load_si512(table.high), x, _mm512_load_si512(table.high + 64));
+        high = _mm512_ternarylogic_epi32(high, x, _mm512_set1_epi8((char)0x80), 0xF8);  // high | x & sign
+        left = (__m512bh)_mm512_unpacklo_epi8(low, high);
+        right = (__m512bh)_mm512_unpackhi_epi8(low, high);
     }
     void fetch(int k) const { _mm_prefetch((const char*)(at + (size_t)k * 2 * PANEL), _MM_HINT_T0); }
 };
