@@ -1,4 +1,4 @@
-"""Products in C++ of our own, where the CPU has AVX512-BF16 and a compiler is at hand.
+"""Products in C++ of our own, where the CPU has AVX512-BF16 and -VBMI and a compiler is at hand.
 
 torch calls oneDNN for these products. The code in `avx512/` takes less time, as it reads a weight ahead of what
 it computes, makes one call of a decode step's layer, and gives a row the same numbers whatever rows stand beside it.

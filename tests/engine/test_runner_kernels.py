@@ -36,7 +36,7 @@ PROMPTS = ((5, 9, 1, 22), tuple(range(30)), (7,) * 15)
 def kernels() -> Kernels:
     found = try_kernels()
     if found is None:
-        pytest.skip("no compiler, or a CPU without AVX512-BF16")
+        pytest.skip("no compiler, or a CPU without AVX512-BF16 or -VBMI")
     return found
 
 

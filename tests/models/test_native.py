@@ -49,7 +49,7 @@ RANKS = (range(5), None, range(8, 28), range(5), range(5, 8))
 def kernels() -> Kernels:
     found = try_kernels()
     if found is None:
-        pytest.skip("no compiler, or a CPU without AVX512-BF16")
+        pytest.skip("no compiler, or a CPU without AVX512-BF16 or -VBMI")
     return found
 
 
