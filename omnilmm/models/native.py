@@ -27,7 +27,8 @@ PANEL: Final = 32
 """Outputs of a weight that lie together."""
 
 COMPILERS: Final = ("g++", "c++")
-FLAGS: Final = ("-std=c++17", "-O3", "-fPIC", "-mfma", *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "bf16", "vbmi")))
+AVX512: Final = ("f", "bw", "dq", "vl", "bf16", "vbmi")
+FLAGS: Final = ("-std=c++17", "-O3", "-fPIC", "-mfma", *(f"-mavx512{part}" for part in AVX512))
 COMPILE_S: Final = 60.0
 
 
