@@ -304,6 +304,17 @@ def test_a_chunk_is_what_torch_computes(kernels: Kernels, num_heads: int, has_ad
     assert_close(out[lasts].float(), wanted, rtol=0, atol=0.04 * steps.wanted.abs().max().item())
 
 
+def test_of_a_long_sequence_heads_are_read_one_after_another(kernels: Kernels) -> None:
+    """30 heads share a key head, and their scores with 600 positions do not stay in the caches for both key heads."""
+    config = replace(CONFIG, num_heads=60, num_kv_heads=2, max_context=600)
+    steps = Steps(kernels, config)
+    steps.block_ids = np.random.default_rng(2).permutation(40).reshape(1, 40).astype(np.int32)
+    steps.pool.fill_(math.nan)
+    out = torch.cat([chunks(steps, (0, 0, 599)), chunks(steps, (0, 599, 600))])
+    wanted = steps.model(steps.model.embed(steps._ids(0, 600)), torch.arange(600), DenseAttend(config.num_layers))
+    assert_close(out.float(), wanted.float(), rtol=0, atol=0.04 * wanted.abs().max().item())
+
+
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize(("num_heads", "has_adapters"), [(2, False), (6, False), (6, True)])
 def test_a_sequence_has_the_same_numbers_in_any_pieces(kernels: Kernels, num_heads: int, has_adapters: bool) -> None:

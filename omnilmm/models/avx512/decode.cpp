@@ -103,20 +103,24 @@ static void place(const Shape& shape, const Step& step, const RowHead& own) {
     std::memcpy(const_cast<bf16*>(own.pages.at(own.end - 1, true, own.head)), own.v, width * sizeof(bf16));
 }
 
-static void read(const Shape& shape, const Step& step, const RowHead& own) {
-    int64_t width = shape.head_dim;
-    bf16* seen = step.seen + (own.row * shape.heads + own.head * own.groups) * width;
-    attend(own.pages, own.head, own.q, (int)own.groups, own.end, 1.0f / std::sqrt((float)width), seen);
-}
-
-// Attention of this thread's share of rows and heads. All is written before anything is read. A later row reads more, so
-// every thread gets some of each.
+// Attention of this thread's share of rows, and of heads where rows are few. All is written before anything is read. A
+// later row of a prompt reads more, so every thread gets some of each.
 static void attend_all(const Shape& shape, const Layer& layer, const Step& step, int thread, int threads) {
     int64_t count = step.rows * shape.kv_heads;
-    auto at = [&](int64_t task) { return RowHead(shape, layer, step, task / shape.kv_heads, task % shape.kv_heads); };
-    for (int64_t task = thread; task < count; task += threads) place(shape, step, at(task));
+    for (int64_t task = thread; task < count; task += threads)
+        place(shape, step, RowHead(shape, layer, step, task / shape.kv_heads, task % shape.kv_heads));
 #pragma omp barrier
-    for (int64_t task = thread; task < count; task += threads) read(shape, step, at(task));
+    int64_t parts = step.rows >= 2 * threads ? 1 : shape.kv_heads, heads = shape.kv_heads / parts;
+    float scale = 1.0f / std::sqrt((float)shape.head_dim);
+    auto at = [&](int64_t task) { return RowHead(shape, layer, step, task / parts, task % parts * heads); };
+    auto reading = [&](const RowHead& own) { return Reading{own.pages, own.head, heads, own.end}; };
+    for (int64_t task = thread; task < step.rows * parts; task += threads) {
+        bool is_last = task + threads >= step.rows * parts;
+        RowHead own = at(task), after = at(is_last ? task : task + threads);
+        Reading now = reading(own), next = reading(after);
+        bf16* seen = step.seen + (own.row * shape.heads + own.head * own.groups) * shape.head_dim;
+        attend(now, is_last ? nullptr : &next, own.q, own.groups, scale, seen);
+    }
 }
 
 // inner = silu(gate) * up, rounded where torch rounds. A thread has both panels of its outputs.

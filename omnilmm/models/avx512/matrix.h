@@ -18,7 +18,7 @@ using bf16 = uint16_t;
 
 constexpr int PANEL = 32;     // outputs
 constexpr int TILE = 12;      // rows whose sums are kept in registers: 24 of them, beside two for the weight
-constexpr int AHEAD = 8192;   // bytes of a panel by which reading from memory runs ahead
+constexpr int AHEAD = 16384;  // bytes of a panel by which reading from memory runs ahead, into the second cache
 constexpr int ROWS_EACH = 48; // rows of a task, where there are too few panels for the threads
 
 inline __m512 widen(__m256i x) {
@@ -43,8 +43,8 @@ struct HalfPanel {
         right = (__m512bh)_mm512_loadu_si512(at + (size_t)k * 2 * PANEL + PANEL);
     }
     void fetch(int k) const {  // may point behind the weight: a prefetch faults nowhere
-        _mm_prefetch((const char*)(at + (size_t)k * 2 * PANEL), _MM_HINT_T0);
-        _mm_prefetch((const char*)(at + (size_t)k * 2 * PANEL + PANEL), _MM_HINT_T0);
+        _mm_prefetch((const char*)(at + (size_t)k * 2 * PANEL), _MM_HINT_T1);
+        _mm_prefetch((const char*)(at + (size_t)k * 2 * PANEL + PANEL), _MM_HINT_T1);
     }
 };
 
@@ -75,7 +75,7 @@ struct Int8Panel {
         left = (__m512bh)_mm512_unpacklo_epi8(low, high);
         right = (__m512bh)_mm512_unpackhi_epi8(low, high);
     }
-    void fetch(int k) const { _mm_prefetch((const char*)(at + (size_t)k * 2 * PANEL), _MM_HINT_T0); }
+    void fetch(int k) const { _mm_prefetch((const char*)(at + (size_t)k * 2 * PANEL), _MM_HINT_T1); }
 };
 
 // A weight: its panels, and for 8-bit integers what each output is multiplied by.
