@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from omnilmm.models.huge_pages import HugePages
+
 logger = logging.getLogger(__name__)
 
 SOURCE: Final = Path(__file__).parent / "avx512" / "decode.cpp"
@@ -44,7 +46,7 @@ class CWeight(ctypes.Structure):
 
 
 class Kernels:
-    """The compiled code. Its OpenMP is torch's, and so are its threads.
+    """The compiled code, and memory for what it reads. Its OpenMP is torch's, and so are its threads.
 
     Raises:
         OSError: it cannot be loaded here.
@@ -58,6 +60,7 @@ class Kernels:
         self.layer = loaded.omnilmm_layer
         self.layer.argtypes = (*[ctypes.c_void_p] * 3, ctypes.c_int)
         self.layer.restype = None
+        self.memory = HugePages()
 
 
 def can_compute() -> bool:
@@ -89,7 +92,7 @@ def _run(*command: str) -> None:
 def _signs_and_magnitudes(panels: Tensor) -> Tensor:
     """Integers (panels, pairs, PANEL, 2), int8, as avx512/matrix.h reads them: bytes of the same shape."""
     bits = panels.abs().view(torch.uint8) | (panels < 0).to(torch.uint8) << 7
-    return bits.view(*panels.shape[:2], 2, 4, 8).transpose(2, 3).contiguous().view(panels.shape)
+    return bits.reshape(*panels.shape[:2], 2, 4, 8).transpose(2, 3).reshape(panels.shape)
 
 
 class NativeLinear(nn.Module):
@@ -104,8 +107,8 @@ class NativeLinear(nn.Module):
         missing = -num_outputs % PANEL
         padded = functional.pad(weight, (0, 0, 0, missing))
         # (panels, pairs of inputs, PANEL, 2)
-        panels = padded.view(-1, PANEL, num_inputs // 2, 2).transpose(1, 2).contiguous()
-        self._panels = panels if scale is None else _signs_and_magnitudes(panels)
+        panels = padded.view(-1, PANEL, num_inputs // 2, 2).transpose(1, 2)
+        self._panels = kernels.memory.copy(panels if scale is None else _signs_and_magnitudes(panels))
         self._scale = None if scale is None else functional.pad(scale.float(), (0, missing)).contiguous()
         self.c_weight = CWeight(
             self._panels.data_ptr(), 0 if self._scale is None else self._scale.data_ptr(), num_outputs, num_inputs

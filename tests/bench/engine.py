@@ -57,6 +57,15 @@ class System:
     ) -> None:
         self.name, self.command, self.processes, self.measure = name, command, processes, measure
         self.runs: dict[int, list[Measurement]] = {concurrency: [] for concurrency in REQUESTS}
+        self.bandwidths: list[float] = []  # bytes/s that the machine copied around each run of one stream
+
+    def run(self, prompts: Sequence[BenchPrompt], concurrency: int) -> Measurement:
+        around = [copy_bandwidth()] if concurrency == 1 else []
+        run = self.measure(prompts, concurrency)
+        if around:  # what memory gives changes within minutes by a factor of two, where others share the machine
+            self.bandwidths.append(statistics.mean((*around, copy_bandwidth())))
+        self.runs[concurrency].append(run)
+        return run
 
     def median(self, concurrency: int, field: str) -> float | None:
         values = [getattr(run, field) for run in self.runs[concurrency]]
@@ -129,24 +138,20 @@ def start_systems(stack: ExitStack, args: argparse.Namespace, scratch: Path) -> 
 # -- measuring ----------------------------------------------------------------------------------------
 
 
-def measure_all(systems: Sequence[System], maker: PromptMaker, args: argparse.Namespace) -> float:
-    """Fill every system's `runs`; returns the machine's copy bandwidth, the median over the whole run."""
+def measure_all(systems: Sequence[System], maker: PromptMaker, args: argparse.Namespace) -> None:
+    """Fill every system's `runs`."""
     say("warming up")
     for system in systems:
         for concurrency in REQUESTS:
             system.measure(maker.make(concurrency, seed=900_000 + concurrency), concurrency)
-    bandwidths = []
     for repeat in range(args.repeats):
-        bandwidths.append(copy_bandwidth())
         for concurrency, count in REQUESTS.items():
             prompts = maker.make(count, seed=1000 * repeat + concurrency)
             turn = repeat % len(systems)
             for system in (*systems[turn:], *systems[:turn]):
-                run = system.measure(prompts, concurrency)
-                system.runs[concurrency].append(run)
+                run = system.run(prompts, concurrency)
                 ttft = "" if run.ttft_s is None else f", first token {run.ttft_s:.2f} s"
                 say(f"repeat {repeat + 1}  x{concurrency:<3} {system.name:13} {run.tok_s:7.1f} tok/s{ttft}")
-    return statistics.median(bandwidths)
 
 
 def cpu_seconds(processes: Sequence[psutil.Process]) -> float:
@@ -262,16 +267,17 @@ def print_agreement(systems: Sequence[System]) -> None:
         print(f"{system.name:14} {'  '.join(shares)}")
 
 
-def print_roofline(systems: Sequence[System], args: argparse.Namespace, bandwidth: float) -> None:
-    print(f"\ncopy bandwidth {bandwidth / 1e9:.1f} GB/s read and written, on all cores")
+def print_roofline(systems: Sequence[System], args: argparse.Namespace) -> None:
+    print("\ncopy bandwidth in GB/s, read and written, on all cores, before and after each run of one stream; medians")
     for system in systems:
-        rate = system.median(1, "decode_tok_s")
-        if rate is not None:
+        rates = [run.decode_tok_s for run in system.runs[1] if run.decode_tok_s is not None]
+        if len(rates) == args.repeats:
             size = weight_bytes_per_step(args.model, "int8" if system.name == "omnilmm-int8" else args.dtype)
-            limit = bandwidth / size
+            shares = [rate * size / bandwidth for rate, bandwidth in zip(rates, system.bandwidths, strict=True)]
             print(
-                f"{system.name:14} reads {size / 1e6:.0f} MB of weights a step, so at most {limit:.1f} tok/s at x1; "
-                f"behind the first token {rate:.1f}, {100 * rate / limit:.0f} % of that"
+                f"{system.name:14} copy {statistics.median(system.bandwidths) / 1e9:.1f}; reads {size / 1e6:.0f} MB of "
+                f"weights a step, behind the first token {statistics.median(rates):.1f} tok/s: "
+                f"{100 * statistics.median(shares):.0f} % of the bandwidth"
             )
 
 
@@ -290,12 +296,12 @@ def main() -> None:
         print_setting(systems, args)
         idle = [(system.name, idle_load(system)) for system in systems]
         others = OthersLoad(systems)
-        bandwidth = measure_all(systems, maker, args)
+        measure_all(systems, maker, args)
         print("\nidle load      " + ", ".join(f"{name} {cores:.2f} cores" for name, cores in idle))
         print(f"other load     {others.cores():.2f} cores by processes outside this run, on average")
         print_table(systems)
         print_agreement(systems)
-        print_roofline(systems, args, bandwidth)
+        print_roofline(systems, args)
 
 
 if __name__ == "__main__":
