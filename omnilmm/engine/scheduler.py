@@ -253,9 +253,10 @@ class Scheduler:
         """Let tenants have about as many seats as others, though they be taken for long answers.
 
         Who waits while another tenant has two more seats than it would have gets the next, whatever it was served: a
-        newcomer with all its credit would else keep others waiting for as long as its answers are. If no seat is
-        free, the newest sequence of the tenant that has most gives its own up; its blocks stay findable, so it loses
-        little. Seats of lower classes are taken first, when a sequence starts.
+        newcomer with all its credit would else keep others waiting for as long as its answers are. One that is
+        favoured gets it while another tenant, which is not, has two. If no seat is free, the newest sequence of the
+        tenant that has most gives its own up; its blocks stay findable, so it loses little. Seats of lower classes are
+        taken first, when a sequence starts.
 
         Returns:
             The tenant that the seat is for.
@@ -265,17 +266,23 @@ class Scheduler:
         if not peers or (is_full and any(other.priority > priority for other in self._running.values())):
             return None
         held = Counter(other.call.tenant for other in peers)
-        most = max(peers, key=lambda other: (held[other.call.tenant] / other.call.weight, other.id))
+        is_favoured = self._queues[priority].is_favoured
 
-        def has_too_few(call: GenerateCall) -> bool:
-            return (held[call.tenant] + 2) / call.weight < held[most.call.tenant] / most.call.weight
+        def may_take(call: GenerateCall, other: GenerateCall) -> bool:
+            if is_favoured(call.tenant) and not is_favoured(other.tenant):
+                return held[other.tenant] > 1
+            return (held[call.tenant] + 2) / call.weight < held[other.tenant] / other.weight
 
-        enough = {other.call.tenant for other in peers if not has_too_few(other.call)}
+        def giver(call: GenerateCall) -> Sequence | None:
+            givers = (other for other in peers if may_take(call, other.call))
+            return max(givers, key=lambda other: (held[other.call.tenant] / other.call.weight, other.id), default=None)
+
+        enough = {other.call.tenant for other in peers if giver(other.call) is None}
         waiting = self._next_startable(priority, _Draft(0), without=enough)
-        if waiting is None or not has_too_few(waiting.call):
+        if waiting is None or (found := giver(waiting.call)) is None:
             return None
         if is_full:
-            self._preempt(most)
+            self._preempt(found)
         return waiting.call.tenant
 
     def _try_start(self, sequence: Sequence, draft: _Draft) -> bool:

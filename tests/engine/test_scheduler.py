@@ -258,6 +258,37 @@ def test_a_step_makes_way_for_a_favoured_tenant_and_that_one_pays():
     driver.finish()
 
 
+def test_a_favoured_tenant_gets_the_seats_it_asks_for():
+    """All but one of those that the other has: it goes first, and waits for no seat of who was served more."""
+    driver, runner = paper_driver(max_sequences=6, max_waiting=64, num_blocks=2400, max_context=9600)
+    driver.run(make_call(9000, max_tokens=2, tenant="greedy"))
+    for seed in range(8):
+        driver.submit(make_call(6, seed=seed, max_tokens=40, tenant="greedy"))
+    driver.step()
+    modest = [driver.submit(make_call(6, seed=20 + seed, max_tokens=12, tenant="modest")) for seed in range(7)]
+    seats = []
+    for _ in range(7):
+        driver.step()
+        seats.append(sum(sequence_id in modest for sequence_id in runner.last()))
+    assert seats == [1, 2, 3, 4, 5, 5, 5]
+    driver.finish()
+    assert all(len(answer.ids) in (2, 12, 40) for answer in driver.answers.values())
+
+
+def test_favour_is_no_reason_to_take_seats_of_others_who_have_it():
+    driver, _ = make_favoured(max_sequences=6)
+    for seed in range(3):
+        driver.submit(make_call(6, seed=20 + seed, max_tokens=12, tenant="modest"))
+    driver.step()
+    for seed in range(3):
+        driver.submit(make_call(6, seed=30 + seed, max_tokens=12, tenant="other"))
+    for _ in range(4):
+        driver.step()
+    tenants = [other.call.tenant for other in driver.engine._scheduler._running.values()]
+    assert sorted(tenants) == ["greedy", "modest", "modest", "modest", "other", "other"]
+    driver.finish()
+
+
 def test_equal_tenants_take_no_seats_from_one_another():
     driver, _ = paper_driver(max_sequences=4)
     for seed in range(12):
