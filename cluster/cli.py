@@ -73,7 +73,7 @@ def serve(
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="NAME=PATH of a checkpoint folder, hub id or nano:3b; repeatable. Without: a tiny built-in one."
+            help="NAME=PATH of a checkpoint folder, hub id, nano:3b or nano:12b; repeatable. Without: nano:3b."
         ),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on. Anything but loopback needs keys.")] = "127.0.0.1",

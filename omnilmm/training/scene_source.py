@@ -25,7 +25,7 @@ _SEQUENCE_CACHE_BYTES = 256 << 20
 class SceneSource:
     """Scenes of the split TRAIN without end. Row n shows scene n and nothing else decides it but the step.
 
-    While the encoder learns by sight alone, four rows in five are scenes full of things or letters. One row in eight
+    While the encoder learns by sight alone, four rows in five are scenes full of things or letters. One row in four
     goes on to be one after that: only there does the encoder meet colours and shapes without a name.
 
     Args:
@@ -49,7 +49,7 @@ class SceneSource:
         settings = self._settings
         grown = step - settings.sight
         talks: tuple[Talk, ...] = ()
-        if index % 5 if grown < 0 else settings.sight and index % 8 == 0:
+        if index % 5 if grown < 0 else settings.sight and index % 4 == 0:
             scene = make_full_scene(settings.seed, index)
         else:
             level = round(grown / settings.ramp, 2) if 0 <= grown < settings.ramp else 1.0

@@ -111,15 +111,15 @@ def make_full_scene(seed: int, index: int) -> Scene:
 
 
 def _nameless(rng: random.Random, colour: str, shape: str) -> tuple[str, str]:
-    """The pair, or in a third of cases one with a colour or a shape that has no name. A colour like one that is held
+    """The pair, or in seven cases of ten one with a colour or a shape that has no name. A colour like one that is held
     out with the shape is not among them."""
     chance = rng.random()
-    if chance < 0.2:
+    if chance < 0.35:
         hidden = next(PAINT[name] for name in COLOURS if is_held_out(name, shape))
         while math.dist(tone := (rng.randrange(256), rng.randrange(256), rng.randrange(256)), hidden) < TONE_APART:
             pass
         return "#" + bytes(tone).hex(), shape
-    return (colour, f"blob {rng.randrange(1 << 16)}") if chance < 0.33 else (colour, shape)
+    return (colour, f"blob {rng.randrange(1 << 16)}") if chance < 0.7 else (colour, shape)
 
 
 # -- what is in a scene ---------------------------------------------------------------------------------

@@ -163,10 +163,21 @@ def test_merging_an_adapter_makes_a_new_checkpoint(run: Any, checkpoint: Path, t
     assert isinstance(refused.exception, ConfigError)
 
 
-@pytest.mark.parametrize("name", ["nano-3b", "nano-12b"])
-def test_the_recipes_that_are_shipped_can_be_read(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "begins"),
+    [
+        ("nano-3b", nano.Family.OMNILMM_3B),
+        ("nano-12b", nano.Family.OMNILMM_12B),
+        ("nano-12b-second", "nano-12b"),
+        ("nano-12b-third", "nano-12b-second"),
+    ],
+)
+def test_the_recipes_that_are_shipped_can_be_read(name: str, begins: nano.Family | str) -> None:
     from omnilmm.training.config import read_training_config
 
     config = read_training_config(Path(nano.__file__).parent / "recipes" / f"{name}.yaml")
-    assert config.nano is not None
-    assert config.nano.value == {"nano-3b": "minicpmv", "nano-12b": "omnilmm"}[name]
+    assert config.output == f"runs/{name}"
+    if isinstance(begins, nano.Family):
+        assert config.nano is begins
+    else:
+        assert config.checkpoint == f"runs/{begins}/checkpoint"

@@ -21,7 +21,7 @@ from omnilmm.training.scenes_make import make_scene
 from omnilmm.training.scenes_words import Language
 
 SEED = 20_261_123  # of a world that no training and no exam has drawn
-NUM_SCENES = 12
+NUM_SCENES = 32
 
 SHIPPED = [family for family in (Family.OMNILMM_3B, Family.OMNILMM_12B) if nano_checkpoint(family) is not None]
 
