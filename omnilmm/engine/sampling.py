@@ -57,21 +57,21 @@ def distribution(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
 
 def _adjust(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
     """Everything that changes single scores before the temperature, on a copy where there is anything to change."""
-    if not any(_is_adjusted(draw) for draw in draws):
-        return logits
-    scores = logits.clone()
-    _penalise_repetition(scores, draws)
-    _penalise_counts(scores, draws)
-    _add_bias(scores, draws)
-    _forbid_stopping(scores, draws)
-    _keep_allowed(scores, draws)
+    scores = logits
+    if any(_is_adjusted(draw) for draw in draws):
+        scores = logits.clone()
+        _penalise_repetition(scores, draws)
+        _penalise_counts(scores, draws)
+        _add_bias(scores, draws)
+        _forbid_stopping(scores, draws)
+    if some := next((draw.allowed for draw in draws if draw.allowed is not None), None):
+        scores = _keep_allowed(scores, draws, everything=b"\xff" * len(some))
     return scores
 
 
 def _is_adjusted(draw: Draw) -> bool:
     is_kept_going = draw.position < draw.sampling.min_tokens
-    is_formed = draw.allowed is not None
-    return bool(draw.seen or draw.generated or draw.sampling.logit_bias or is_kept_going or is_formed)
+    return bool(draw.seen or draw.generated or draw.sampling.logit_bias or is_kept_going)
 
 
 def _penalise_repetition(scores: Tensor, draws: Sequence[Draw]) -> None:
@@ -112,19 +112,12 @@ def _forbid_stopping(scores: Tensor, draws: Sequence[Draw]) -> None:
         scores.view(-1)[places] = -torch.inf
 
 
-def _keep_allowed(scores: Tensor, draws: Sequence[Draw]) -> None:
-    """Forbid what the masks of some rows do not allow, all at once."""
-    masks = {row: draw.allowed for row, draw in enumerate(draws) if draw.allowed is not None}
-    if not masks:
-        return
-    packed = np.frombuffer(b"".join(masks.values()), dtype=np.uint8).reshape(len(masks), -1)
-    bits = np.unpackbits(~packed, axis=-1, count=scores.shape[-1], bitorder="little")  # (M, vocab)
-    forbidden = torch.from_numpy(bits).view(torch.bool).to(scores.device)
-    if len(masks) == len(scores):
-        scores.masked_fill_(forbidden, -torch.inf)
-    else:
-        rows = torch.tensor(list(masks), device=scores.device)
-        scores[rows] = scores[rows].masked_fill_(forbidden, -torch.inf)
+def _keep_allowed(scores: Tensor, draws: Sequence[Draw], *, everything: bytes) -> Tensor:
+    """A copy of the scores without what the masks of some rows do not allow; `everything` is that of the others."""
+    packed = np.frombuffer(b"".join(draw.allowed or everything for draw in draws), dtype=np.uint8)
+    packed = packed.reshape(len(draws), -1)
+    bits = np.unpackbits(packed, axis=-1, count=scores.shape[-1], bitorder="little")  # (N, vocab)
+    return torch.where(torch.from_numpy(bits).view(torch.bool).to(scores.device), scores, -torch.inf)
 
 
 def _places(scores: Tensor, ids_by_row: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

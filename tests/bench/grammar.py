@@ -27,7 +27,7 @@ from omnilmm.engine.grammar import GrammarCompiler, Matcher
 from omnilmm.engine.runner import ModelRunner
 from omnilmm.messages import GenerateCall, Grammar, GrammarKind, Prompt, Sampling
 from omnilmm.models.config import read_model_config
-from omnilmm.models.weights import load_language_model
+from omnilmm.models.packed import load_for_decoding
 from omnilmm.prompt.tokens import load_tokenizer
 
 BATCHES = (1, 4, 16)
@@ -124,7 +124,7 @@ def main() -> None:
     compiler = GrammarCompiler(tokenizer, vocab_size=config.language.vocab_size)
     print(f"vocabulary of {config.language.vocab_size}, prepared in {time.perf_counter() - begun:.3f} s")
     print_starts(compiler, (options.eos_id,))
-    model = load_language_model(options.model, config, dtype=options.dtype)
+    model = load_for_decoding(options.model, config, dtype=options.dtype)
     room = EngineConfig(max_context=min(config.max_context, 2048), max_sequences=16)
     maker = PromptMaker(options.model, num_tokens=64)
     print(f"\n{options.dtype}, {options.tokens} tokens each, greedy; {torch.get_num_threads()} threads")
