@@ -228,9 +228,15 @@ class Scheduler:
         return True
 
     def _next_startable(
-        self, priority: Priority, draft: _Draft, *, first: str | None = None, without: abc.Container[str] = ()
+        self,
+        priority: Priority,
+        draft: _Draft,
+        *,
+        first: str | None = None,
+        without: abc.Container[str] = (),
+        ready_only: bool = False,
     ) -> Sequence | None:
-        """The first in turn with something to pay, of all tenants but some.
+        """The first in turn with something to pay, of all tenants but some; if asked, with all its pictures there.
 
         Two kinds let the others pass: one that lacks its very next picture, and one whose next block is being
         computed in this very step for another sequence. It will find that block in the pool.
@@ -245,7 +251,8 @@ class Scheduler:
             num_cached = num_found * self.blocks.block_size
             if keys := sequence.pictures.take_unasked(num_cached):
                 self._needs.append(Needs(sequence.id, keys))  # given away from the pool since it was submitted
-            if sequence.ready_after(num_cached) > num_cached:
+            num_ready = sequence.ready_after(num_cached)
+            if num_ready == sequence.num_tokens or (num_ready > num_cached and not ready_only):
                 return sequence
         return None
 
@@ -258,6 +265,9 @@ class Scheduler:
         tenant that has most gives its own up; its blocks stay findable, so it loses little. Seats of lower classes are
         taken first, when a sequence starts.
 
+        No seat goes back and forth: a tenant's only one is nobody's to take, nor are those of the favoured for others,
+        and who would be stuck behind a missing picture takes none.
+
         Returns:
             The tenant that the seat is for.
         """
@@ -269,16 +279,16 @@ class Scheduler:
         is_favoured = self._queues[priority].is_favoured
 
         def may_take(call: GenerateCall, other: GenerateCall) -> bool:
-            if is_favoured(call.tenant) and not is_favoured(other.tenant):
-                return held[other.tenant] > 1
-            return (held[call.tenant] + 2) / call.weight < held[other.tenant] / other.weight
+            if is_favoured(call.tenant) != is_favoured(other.tenant):
+                return is_favoured(call.tenant) and held[other.tenant] > 1
+            return held[other.tenant] > 1 and (held[call.tenant] + 2) / call.weight < held[other.tenant] / other.weight
 
         def giver(call: GenerateCall) -> Sequence | None:
             givers = (other for other in peers if may_take(call, other.call))
             return max(givers, key=lambda other: (held[other.call.tenant] / other.call.weight, other.id), default=None)
 
         enough = {other.call.tenant for other in peers if giver(other.call) is None}
-        waiting = self._next_startable(priority, _Draft(0), without=enough)
+        waiting = self._next_startable(priority, _Draft(0), without=enough, ready_only=True)
         if waiting is None or (found := giver(waiting.call)) is None:
             return None
         if is_full:

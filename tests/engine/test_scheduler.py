@@ -289,6 +289,45 @@ def test_favour_is_no_reason_to_take_seats_of_others_who_have_it():
     driver.finish()
 
 
+def test_a_weight_is_no_reason_to_take_the_only_seat():
+    driver, _ = paper_driver(max_sequences=1)
+    driver.submit(make_call(4, seed=1, max_tokens=9, tenant="light"))
+    driver.step()
+    driver.submit(make_call(4, seed=2, max_tokens=9, tenant="heavy", weight=4.0))
+    driver.finish()
+    assert driver.engine.stats().num_preemptions == 0
+
+
+def test_a_seat_taken_by_favour_is_not_taken_back_by_weight():
+    driver, runner = paper_driver(max_sequences=6, max_waiting=64, num_blocks=2400, max_context=9600)
+    driver.run(make_call(9000, max_tokens=2, tenant="heavy", weight=4.0))
+    for seed in range(8):
+        driver.submit(make_call(6, seed=seed, max_tokens=40, tenant="heavy", weight=4.0))
+    driver.step()
+    modest = [driver.submit(make_call(6, seed=20 + seed, max_tokens=12, tenant="modest")) for seed in range(7)]
+    seats = []
+    for _ in range(7):
+        driver.step()
+        seats.append(sum(sequence_id in modest for sequence_id in runner.last()))
+    assert seats == [1, 2, 3, 4, 5, 5, 5]
+    assert driver.engine.stats().num_preemptions == 5
+    driver.finish()
+
+
+def test_one_that_is_about_to_be_stuck_takes_no_seat():
+    """It would be pushed out again by the next that can run, who would lose what was computed of its prompt."""
+    driver, _ = paper_driver(max_sequences=2)
+    others = [driver.submit(make_call(6, seed=seed, max_tokens=5, tenant="other")) for seed in (1, 2, 3)]
+    driver.step()
+    stuck = driver.submit(make_call(9, pictures=[("a", 3, 5)], with_vectors=False, tenant="one", weight=4.0))
+    driver.finish()
+    assert [len(driver.answers[other].ids) for other in others] == [5, 5, 5]
+    assert driver.engine.stats().num_preemptions == 0
+    driver.engine.supply(stuck, "a", make_vectors("a", 5))
+    driver.finish()
+    assert len(driver.answers[stuck].ids) == 8
+
+
 def test_equal_tenants_take_no_seats_from_one_another():
     driver, _ = paper_driver(max_sequences=4)
     for seed in range(12):
