@@ -23,6 +23,14 @@ from omnilmm.ports import Tokenizer
 
 PARAM = "response_format"
 CODE = "invalid_json_schema"
+_IN_STRING = r'[^"\\\x00-\x1F\x7F]'
+SLICES = (
+    r"[\x20\x0A\x0D\x09]+",
+    r"[a-zA-Z0-9]{1,10}",
+    *(_IN_STRING + times for times in ("{1,10}", "{1,20}", "{1,30}", "+")),
+)
+"""Kinds of tokens that llguidance allows at one go where all of a kind fit. Its own are these without two: words and
+numbers fit into formats, patterns and the last characters of strings, and strings near their end have twenty."""
 MAX_FORKS = 64
 """Sequences that share what a grammar has learned about the vocabulary: it grows with each of them."""
 
@@ -81,7 +89,7 @@ class Matcher:
 
 
 def _has_bits(mask: bytearray) -> bool:
-    return mask.count(0) < len(mask)  # any() would look at thousands of bytes one by one
+    return mask != bytes(len(mask))  # thousands of bytes: what looks at them one by one takes longer than the mask took
 
 
 class _Compiled:
@@ -115,9 +123,7 @@ class GrammarCompiler:
     def __init__(self, tokenizer: Tokenizer, *, vocab_size: int, limits: GrammarLimits | None = None) -> None:
         self.limits = limits or GrammarLimits()
         self._eos_id = tokenizer.eos_id
-        self._tokenizer = LLTokenizer(
-            TokenizerWrapper(_Spellings(tokenizer, vocab_size)), slices=LLTokenizer.json_slices()
-        )
+        self._tokenizer = LLTokenizer(TokenizerWrapper(_Spellings(tokenizer, vocab_size)), slices=list(SLICES))
         # Thread-safe, and bounded. It keeps refusals too: the same bomb is not set off twice.
         self._try_compile = lru_cache(maxsize=self.limits.max_cached)(self._compile)
 

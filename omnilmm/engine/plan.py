@@ -31,7 +31,7 @@ class Draw:
     position: int  # of the new token in the generated text: the generator's counter, and what min_tokens counts
     generated: tuple[int, ...] = ()  # ids under presence and frequency penalty; empty where neither is on
     seen: tuple[int, ...] = ()  # ids under repetition penalty; empty where it is off
-    allowed: bytes | None = None  # the only ids it may be: byte i holds those from 8 * i on, lowest bit first
+    allowed: bytes | None = None  # the only ids it may be: byte i holds those from 8 * i on, lowest bit first; 4n bytes
 
 
 @dataclass(frozen=True, slots=True)

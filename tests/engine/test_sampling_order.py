@@ -32,7 +32,7 @@ def make_logits(seed: int, num_rows: int = 1) -> Tensor:
 
 def pack(ids: range | tuple[int, ...]) -> bytes:
     """A mask that allows these ids."""
-    return sum(1 << i for i in ids).to_bytes((VOCAB + 7) // 8 + 3, "little")
+    return sum(1 << i for i in ids).to_bytes(4 * (VOCAB // 32 + 2), "little")
 
 
 @pytest.fixture(scope="module")
