@@ -47,8 +47,8 @@ class Split(StrEnum):
 class Thing:
     """One shape. `x`, `y` are the centre as shares of width and height, from the top left.
 
-    In scenes that are only looked at, a colour may be any other, as "#8a4b21", and a shape any polygon, as "blob 17":
-    both without a name.
+    In scenes that are only looked at, a colour may be any other, as "#8a4b21", and a shape any polygon, as "blob 17",
+    or its outline, as "frame 17": all without a name.
     """
 
     shape: str
@@ -106,6 +106,9 @@ class Scene:
 def is_held_out(colour: str, shape: str) -> bool:
     """Whether this pair is never seen in training: one colour for every shape, one shape for every colour."""
     return (3 * SHAPES.index(shape) + COLOURS.index(colour)) % len(COLOURS) == 0
+
+
+HELD_OUT = tuple((colour, shape) for colour in COLOURS for shape in SHAPES if is_held_out(colour, shape))
 
 
 def generator(*key: object) -> random.Random:

@@ -8,6 +8,7 @@ wherever the same packages are installed.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -26,6 +27,7 @@ from omnilmm.training.scenes import (
     COLUMNS,
     FACTS,
     GRID,
+    HELD_OUT,
     RGB,
     ROWS,
     SHAPES,
@@ -189,9 +191,16 @@ def _draw_thing(
     else:
         corners = _turned(_outline(thing.shape), thing.turn)
         points = [(x + radius * px, y + radius * py) for px, py in corners]
+        closed = [*points, *points[:2]]  # beyond its beginning, for a joint there too
+        if thing.shape.startswith("frame"):
+            band = max(2, round(radius * 0.36))
+            if rim_width:
+                pen.line(closed, fill=rim, width=band + 2 * rim_width, joint="curve")
+            pen.line(closed, fill=fill, width=band, joint="curve")
+            return
         pen.polygon(points, fill=fill)
         if rim_width:
-            pen.line([*points, points[0]], fill=rim, width=rim_width, joint="curve")
+            pen.line(closed[:-1], fill=rim, width=rim_width, joint="curve")
 
 
 def _box(x: float, y: float, radius: float) -> tuple[float, float, float, float]:
@@ -225,14 +234,40 @@ def _outline(shape: str) -> np.ndarray:
                 for t in ts
             ]
         case _:  # without a name
-            rng = generator("outline", shape)
-            num = rng.randint(5, 8)
-            lengths = [rng.uniform(0.5, 1.1) for _ in range(num)]
-            points = [
-                (length * math.cos(2 * math.pi * index / num), length * math.sin(2 * math.pi * index / num))
-                for index, length in enumerate(lengths)
-            ]
+            points = _nameless_outline(shape)
     return np.array(points)
+
+
+def _nameless_outline(shape: str) -> list[tuple[float, float]]:
+    """As thin, and with as many corners, as those with a name are, but none of them."""
+    rng = generator("outline", shape)
+    if shape.startswith("frame"):
+        return _around([rng.uniform(0.7, 1.0) for _ in range(rng.randint(3, 5))], rng)
+    match rng.randrange(3):
+        case 0:
+            return _around([rng.uniform(0.5, 1.1) for _ in range(rng.randint(5, 8))], rng)
+        case 1:
+            return _around([1.1, rng.uniform(0.3, 0.55)] * rng.choice((3, 4, 6, 7)), rng)
+        case _:  # arms from the middle, for four of them aslant
+            num, width = rng.choice((3, 4, 5, 6)), rng.uniform(0.2, 0.34)
+            inner = width / math.sin(math.pi / num)
+            points = []
+            for index in range(num):
+                along = 2 * math.pi * (index + 0.5) / num
+                for distance, aside in ((1.0, -width), (1.0, width)):
+                    points.append(_polar(math.hypot(distance, aside), along + math.atan2(aside, distance)))
+                points.append(_polar(inner, along + math.pi / num))
+            return points
+
+
+def _around(lengths: list[float], rng: random.Random) -> list[tuple[float, float]]:
+    """Corners at these distances, at equal angles, the first anywhere."""
+    begin = rng.uniform(0, 2 * math.pi)
+    return [_polar(length, begin + 2 * math.pi * index / len(lengths)) for index, length in enumerate(lengths)]
+
+
+def _polar(length: float, angle: float) -> tuple[float, float]:
+    return length * math.cos(angle), length * math.sin(angle)
 
 
 def _turned(points: np.ndarray, degrees: float) -> list[tuple[float, float]]:
@@ -288,7 +323,8 @@ def _inside_cell(x: float) -> float:
 
 def facts(scene: Scene, scenery: Scenery) -> np.ndarray:
     """(GRID * GRID, len(FACTS)) uint8, row-major: what has its centre in each cell, and the cell's own row and
-    column. Which colour or shape it is where that has no name is UNTOLD."""
+    column. Which colour or shape it is where that has no name is UNTOLD; so is whether a shape has the colour that is
+    held out with it, and the other way round: it is nowhere said that a circle is not red."""
     table = np.zeros((GRID, GRID, len(FACTS)), np.uint8)
     for number, (row_fact, column_fact) in enumerate(zip(ROWS, COLUMNS, strict=True)):
         table[number, :, FACTS.index(row_fact)] = table[:, number, FACTS.index(column_fact)] = 1
@@ -299,6 +335,9 @@ def facts(scene: Scene, scenery: Scenery) -> np.ndarray:
                 table[row, column, FACTS.index(fact)] = 1
             else:
                 table[row, column, [FACTS.index(name) for name in names]] = UNTOLD
+        for colour, shape in HELD_OUT:
+            if (thing.colour == colour) != (thing.shape == shape):
+                table[row, column, FACTS.index(shape if thing.colour == colour else colour)] = UNTOLD
     size = (round(256 * scene.width), 256)
     for writing in scene.writings:
         for character, x in zip(writing.text, _set(writing, size, scenery)[1], strict=True):

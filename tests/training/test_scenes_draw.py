@@ -9,7 +9,20 @@ import numpy as np
 import pytest
 
 from omnilmm.training.grounding import UNTOLD
-from omnilmm.training.scenes import COLOURS, COLUMNS, FACTS, GRID, PAINT, ROWS, SHAPES, Scene, Split, Thing, Writing
+from omnilmm.training.scenes import (
+    COLOURS,
+    COLUMNS,
+    FACTS,
+    GRID,
+    HELD_OUT,
+    PAINT,
+    ROWS,
+    SHAPES,
+    Scene,
+    Split,
+    Thing,
+    Writing,
+)
 from omnilmm.training.scenes_draw import Scenery, draw, facts, load_scenery
 from omnilmm.training.scenes_make import make_scene
 
@@ -99,9 +112,20 @@ NUM_SHOWN = len(FACTS) - len(ROWS) - len(COLUMNS)  # the facts of what is to be 
 def test_facts_tell_what_has_its_centre_in_a_cell(bare_scenery: Scenery) -> None:
     scene = scene_with(thing("star", "blue", 0.3, 0.6), thing("heart", "black", 0.9, 0.1))
     table = facts(scene, bare_scenery).reshape(GRID, GRID, len(FACTS))
-    assert {FACTS[i] for i in np.flatnonzero(table[4, 2, :NUM_SHOWN])} == {"star", "blue", "large"}
-    assert {FACTS[i] for i in np.flatnonzero(table[0, 7, :NUM_SHOWN])} == {"heart", "black", "large"}
-    assert table[..., :NUM_SHOWN].sum() == 6
+    shown = table[..., :NUM_SHOWN] == 1
+    assert {FACTS[i] for i in np.flatnonzero(shown[4, 2])} == {"star", "blue", "large"}
+    assert {FACTS[i] for i in np.flatnonzero(shown[0, 7])} == {"heart", "black", "large"}
+    assert shown.sum() == 6
+
+
+def test_of_pairs_that_are_held_out_it_is_not_said_that_there_are_none(bare_scenery: Scenery) -> None:
+    seen, unseen = thing("star", "blue", 0.3, 0.6), thing("heart", "blue", 0.9, 0.1)
+    table = facts(scene_with(seen, unseen), bare_scenery).reshape(GRID, GRID, len(FACTS))
+    untold = table == UNTOLD
+    assert {FACTS[i] for i in np.flatnonzero(untold[4, 2])} == {"white", "heart"}
+    assert ("white", "star") in HELD_OUT
+    assert ("blue", "heart") in HELD_OUT
+    assert untold.sum() == 2
 
 
 def test_what_has_no_name_is_shown_and_not_told(bare_scenery: Scenery) -> None:
@@ -114,6 +138,21 @@ def test_what_has_no_name_is_shown_and_not_told(bare_scenery: Scenery) -> None:
     image = draw(scene, bare_scenery, side=200)
     assert math.dist(image.getpixel((60, 120)), (0x28, 0xA0, 0xC8)) < 60
     assert math.dist(image.getpixel((180, 40)), PAINT["black"]) < 60
+
+
+@pytest.mark.parametrize("kind", ["blob", "frame"])
+def test_outlines_without_a_name_are_of_many_kinds_and_as_large_as_the_others(kind: str, bare_scenery: Scenery) -> None:
+    inks = set()
+    for number in range(24):
+        image = draw(scene_with(thing(f"{kind} {number}", "red", 0.5, 0.5)), bare_scenery, side=100)
+        red = np.linalg.norm(np.asarray(image, float) - PAINT["red"], axis=-1) < 60
+        rows, columns = np.nonzero(red)
+        assert 30 <= len(rows) <= 900
+        assert max(np.ptp(rows), np.ptp(columns)) <= 2 * 1.2 * 14
+        assert abs(rows.mean() - 50) < 8
+        assert abs(columns.mean() - 50) < 8
+        inks.add(len(rows))
+    assert len(inks) > 12
 
 
 def test_facts_tell_of_every_cell_where_it_lies(bare_scenery: Scenery) -> None:
