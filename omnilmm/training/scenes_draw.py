@@ -243,13 +243,15 @@ def _nameless_outline(shape: str) -> list[tuple[float, float]]:
     rng = generator("outline", shape)
     if shape.startswith("frame"):
         return _around([rng.uniform(0.7, 1.0) for _ in range(rng.randint(3, 5))], rng)
-    match rng.randrange(3):
-        case 0:
+    match rng.randrange(6):
+        case 0 if rng.random() < 0.6:
             return _around([rng.uniform(0.5, 1.1) for _ in range(rng.randint(5, 8))], rng)
-        case 1:
+        case 0 | 1:  # four corners, but neither a square nor a diamond
+            return _around([1.1, *(rng.uniform(0.35, 0.75) for _ in range(3))], rng)
+        case 2 | 3:
             return _around([1.1, rng.uniform(0.3, 0.55)] * rng.choice((3, 4, 6, 7)), rng)
         case _:  # arms from the middle, for four of them aslant
-            num, width = rng.choice((3, 4, 5, 6)), rng.uniform(0.2, 0.34)
+            num, width = rng.choice((3, 4, 4, 4, 5, 6)), rng.uniform(0.2, 0.34)
             inner = width / math.sin(math.pi / num)
             points = []
             for index in range(num):

@@ -28,7 +28,7 @@ RADII: Mapping[str, tuple[float, float]] = {"small": (0.085, 0.1), "large": (0.1
 """From the centre to the rim, as a share of the picture's shorter side."""
 
 MAX_COUNT = 9
-TONE_APART, MOST_APART = 64.0, 110.0
+TONE_APART, MOST_APART = 80.0, 130.0
 """A colour without a name is at least this far, in RGB, from the one that is held out with its shape, and half of them
 are no farther than that."""
 
