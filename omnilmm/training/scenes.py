@@ -108,9 +108,6 @@ def is_held_out(colour: str, shape: str) -> bool:
     return (3 * SHAPES.index(shape) + COLOURS.index(colour)) % len(COLOURS) == 0
 
 
-HELD_OUT = tuple((colour, shape) for colour in COLOURS for shape in SHAPES if is_held_out(colour, shape))
-
-
 def generator(*key: object) -> random.Random:
     """Random numbers that belong to `key` alone, the same in every process."""
     return random.Random("/".join(map(str, key)))  # noqa: S311  nothing here is secret

@@ -27,7 +27,6 @@ from omnilmm.training.scenes import (
     COLUMNS,
     FACTS,
     GRID,
-    HELD_OUT,
     RGB,
     ROWS,
     SHAPES,
@@ -325,8 +324,7 @@ def _inside_cell(x: float) -> float:
 
 def facts(scene: Scene, scenery: Scenery) -> np.ndarray:
     """(GRID * GRID, len(FACTS)) uint8, row-major: what has its centre in each cell, and the cell's own row and
-    column. Which colour or shape it is where that has no name is UNTOLD; so is whether a shape has the colour that is
-    held out with it, and the other way round: it is nowhere said that a circle is not red."""
+    column. Which colour or shape it is where that has no name is UNTOLD."""
     table = np.zeros((GRID, GRID, len(FACTS)), np.uint8)
     for number, (row_fact, column_fact) in enumerate(zip(ROWS, COLUMNS, strict=True)):
         table[number, :, FACTS.index(row_fact)] = table[:, number, FACTS.index(column_fact)] = 1
@@ -337,9 +335,6 @@ def facts(scene: Scene, scenery: Scenery) -> np.ndarray:
                 table[row, column, FACTS.index(fact)] = 1
             else:
                 table[row, column, [FACTS.index(name) for name in names]] = UNTOLD
-        for colour, shape in HELD_OUT:
-            if (thing.colour == colour) != (thing.shape == shape):
-                table[row, column, FACTS.index(shape if thing.colour == colour else colour)] = UNTOLD
     size = (round(256 * scene.width), 256)
     for writing in scene.writings:
         for character, x in zip(writing.text, _set(writing, size, scenery)[1], strict=True):

@@ -28,9 +28,8 @@ RADII: Mapping[str, tuple[float, float]] = {"small": (0.085, 0.1), "large": (0.1
 """From the centre to the rim, as a share of the picture's shorter side."""
 
 MAX_COUNT = 9
-TONE_APART, MOST_APART = 80.0, 130.0
-"""A colour without a name is at least this far, in RGB, from the one that is held out with its shape, and half of them
-are no farther than that."""
+TONE_APART = 64.0
+"""A colour without a name is at least this far, in RGB, from the one that is held out with its shape."""
 
 WORDS = (
     "ACE ACT ADD AGE AIR ANT APE ARM ART ASK BAG BAR BAT BED BEE BIG BIRD BOAT BOOK BOX BOY BUS CAFE CAKE CAR CAT CITY "
@@ -113,12 +112,11 @@ def make_full_scene(seed: int, index: int) -> Scene:
 
 def _nameless(rng: random.Random, colour: str, shape: str) -> tuple[str, str]:
     """The pair, or in seven cases of ten one with a colour or a shape that has no name. A colour like the one that is
-    held out with the shape is not among them, but half of them are next to it."""
+    held out with the shape is not among them."""
     chance = rng.random()
     if chance < 0.35:
         hidden = next(PAINT[name] for name in COLOURS if is_held_out(name, shape))
-        most = rng.choice((MOST_APART, math.inf))
-        while not TONE_APART <= math.dist(tone := tuple(rng.randrange(256) for _ in range(3)), hidden) < most:
+        while math.dist(tone := (rng.randrange(256), rng.randrange(256), rng.randrange(256)), hidden) < TONE_APART:
             pass
         return "#" + bytes(tone).hex(), shape
     outline = "frame" if rng.random() < 0.3 else "blob"

@@ -14,7 +14,6 @@ from omnilmm.training.scenes import (
     COLUMNS,
     FACTS,
     GRID,
-    HELD_OUT,
     PAINT,
     ROWS,
     SHAPES,
@@ -116,16 +115,6 @@ def test_facts_tell_what_has_its_centre_in_a_cell(bare_scenery: Scenery) -> None
     assert {FACTS[i] for i in np.flatnonzero(shown[4, 2])} == {"star", "blue", "large"}
     assert {FACTS[i] for i in np.flatnonzero(shown[0, 7])} == {"heart", "black", "large"}
     assert shown.sum() == 6
-
-
-def test_of_pairs_that_are_held_out_it_is_not_said_that_there_are_none(bare_scenery: Scenery) -> None:
-    seen, unseen = thing("star", "blue", 0.3, 0.6), thing("heart", "blue", 0.9, 0.1)
-    table = facts(scene_with(seen, unseen), bare_scenery).reshape(GRID, GRID, len(FACTS))
-    untold = table == UNTOLD
-    assert {FACTS[i] for i in np.flatnonzero(untold[4, 2])} == {"white", "heart"}
-    assert ("white", "star") in HELD_OUT
-    assert ("blue", "heart") in HELD_OUT
-    assert untold.sum() == 2
 
 
 def test_what_has_no_name_is_shown_and_not_told(bare_scenery: Scenery) -> None:
