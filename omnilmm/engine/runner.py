@@ -14,7 +14,7 @@ from omnilmm.config import EngineConfig
 from omnilmm.engine.backend import Backend, pick_backend
 from omnilmm.engine.batch import Batch, build_batch
 from omnilmm.engine.plan import Drawn, PictureSlice, Plan, Row, ShouldYield, StepResult, StepYielded, never
-from omnilmm.engine.sampling import draw_tokens
+from omnilmm.engine.sampling import Bounds, draw_tokens
 from omnilmm.errors import ConfigError, OmniError
 from omnilmm.models.adapters import AdapterPool, TokenRun
 from omnilmm.models.attention import Attend
@@ -54,6 +54,7 @@ class ModelRunner:
         self._attend_factory = backend.attend
         self._adapters = adapters
         self._is_to_pin = owns_cores
+        self._bounds = Bounds()
         self._kv = backend.pool(config, model.config, dtype=self._dtype, device=self._device)
         self._graphs = backend.prepare(model, self._kv, config)
         self._native: NativeDecoder | None = None
@@ -176,7 +177,7 @@ class ModelRunner:
             drawing, logits = [drawing[index] for index in fit], logits[fit]
         if not drawing:
             return {}
-        drawn = draw_tokens(logits, [row.draw for row in drawing if row.draw is not None])
+        drawn = draw_tokens(logits, [row.draw for row in drawing if row.draw is not None], self._bounds)
         return {row.sequence_id: token for row, token in zip(drawing, drawn, strict=True)}
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import torch
@@ -27,9 +26,26 @@ WIDTHS = (64, 1024)
 milliseconds a row. Most draws are settled by the first few."""
 
 
-def draw_tokens(logits: Tensor, draws: Sequence[Draw]) -> list[Drawn]:
+class Bounds:
+    """For two bytes of a mask the bounds of their sixteen tokens, lowest bit first: inf if they are allowed, else -inf.
+
+    4 MB, made at the first mask. Who draws again and again keeps one.
+    """
+
+    def __init__(self) -> None:
+        self._table: Tensor | None = None  # (65536, 16) float32
+
+    def look_up(self, packed: Tensor) -> Tensor:
+        """(M,) uint16 -> (M, 16) float32."""
+        if self._table is None or self._table.device != packed.device:
+            bits = torch.arange(1 << 16)[:, None] >> torch.arange(16) & 1
+            self._table = torch.where(bits.bool(), torch.inf, -torch.inf).to(packed.device)
+        return torch.nn.functional.embedding(packed.int(), self._table)
+
+
+def draw_tokens(logits: Tensor, draws: Sequence[Draw], bounds: Bounds | None = None) -> list[Drawn]:
     """Draw one token per row of logits (N, vocab) float32, all finite and left as they are."""
-    scores = _adjust(logits, draws)
+    scores = _adjust(logits, draws, bounds)
     ids = _best(scores)
     if random_rows := [row for row, draw in enumerate(draws) if draw.sampling.temperature > 0]:
         rows = torch.tensor(random_rows, device=logits.device)
@@ -56,7 +72,7 @@ def distribution(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
 # -- penalties, bias, forbidden tokens ----------------------------------------------------------------
 
 
-def _adjust(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
+def _adjust(logits: Tensor, draws: Sequence[Draw], bounds: Bounds | None = None) -> Tensor:
     """Everything that changes single scores before the temperature, on a copy where there is anything to change."""
     scores = logits
     if any(_is_adjusted(draw) for draw in draws):
@@ -66,7 +82,7 @@ def _adjust(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
         _add_bias(scores, draws)
         _forbid_stopping(scores, draws)
     if some := next((draw.allowed for draw in draws if draw.allowed is not None), None):
-        scores = _keep_allowed(scores, draws, everything=b"\xff" * len(some))
+        scores = _keep_allowed(scores, draws, bounds or Bounds(), everything=b"\xff" * len(some))
     return scores
 
 
@@ -113,22 +129,14 @@ def _forbid_stopping(scores: Tensor, draws: Sequence[Draw]) -> None:
         scores.view(-1)[places] = -torch.inf
 
 
-def _keep_allowed(scores: Tensor, draws: Sequence[Draw], *, everything: bytes) -> Tensor:
+def _keep_allowed(scores: Tensor, draws: Sequence[Draw], bounds: Bounds, *, everything: bytes) -> Tensor:
     """A copy of the scores without what the masks of some rows do not allow; `everything` is that of the others.
 
-    Two bytes of a mask are looked up as sixteen bounds on the scores: what that takes hardly depends on the masks.
+    Two bytes of a mask are looked up at a time: what that takes hardly depends on the masks.
     """
     packed = torch.frombuffer(bytearray().join(draw.allowed or everything for draw in draws), dtype=torch.uint16)
-    bounds = torch.nn.functional.embedding(packed.int().to(scores.device), _bounds(scores.device, scores.dtype))
-    bounds = bounds.view(len(draws), -1)[:, : scores.shape[-1]]  # (N, vocab)
-    return torch.minimum(scores, bounds, out=bounds)
-
-
-@cache
-def _bounds(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """For two bytes the bounds of their tokens, lowest bit first: inf if they are allowed, else -inf. (65536, 16)"""
-    bits = torch.arange(1 << 16)[:, None] >> torch.arange(16) & 1
-    return torch.where(bits.bool(), torch.inf, -torch.inf).to(device, dtype)
+    kept = bounds.look_up(packed.to(scores.device)).view(len(draws), -1)[:, : scores.shape[-1]]  # (N, vocab)
+    return torch.minimum(scores, kept, out=kept)
 
 
 def _places(scores: Tensor, ids_by_row: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
